@@ -1,0 +1,192 @@
+"""Vision weights between three layouts, both ways and without loss.
+
+- ours: as transformers', but query, key and value are one matrix `attn.qkv` whose rotary pairs are neighbours
+  (2i, 2i + 1), so that a rotation is one complex product.
+- transformers' `Kimi_K25VisionModel`: `attn.{q,k,v}_proj`, whose rotary pairs are (i, i + head_dim / 2).
+- the published Kimi repositories: `vision_tower.encoder.blocks.N.wqkv` and so on; pairs as ours, other names.
+
+A full repository holds hundreds of gigabytes of language model: its index is read first, and only the files that hold
+vision or projector tensors are fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+State = dict[str, torch.Tensor]
+
+# (published name, transformers' name), applied in this order: norm0 -> norm1 has to come after norm1 -> norm2.
+_TOWER_NAMES = [
+    (r"\.norm1\.", ".norm2."),
+    (r"\.norm0\.", ".norm1."),
+    (r"\.mlp\.fc1\.", ".mlp.fc2."),
+    (r"\.mlp\.fc0\.", ".mlp.fc1."),
+    (r"\.wqkv\.", ".attn.qkv."),
+    (r"\.wo\.", ".attn.proj."),
+    (r"^encoder\.blocks\.", "layers."),
+    (r"^encoder\.", ""),
+    (r"pos_emb\.weight$", "pos_emb.position_embeddings"),
+]
+_PROJECTOR_NAMES = {"proj.0": "in_proj", "proj.2": "out_proj"}
+
+
+@dataclass
+class VisionCheckpoint:
+    """The vision part of a checkpoint: `config` in transformers' field names, `tower` and `projector` in our layout."""
+
+    config: dict[str, Any]
+    tower: State
+    projector: State = field(default_factory=dict)
+    projector_eps: float = 1e-5
+
+
+def read_vision(path_or_hub_id: str | PathLike) -> VisionCheckpoint:
+    """Read the vision tower, and the projector if there is one, from a folder or a Hub repository.
+
+    Accepts a checkpoint of transformers' `Kimi_K25VisionModel`, one of its full model, and the published Kimi K2.5 and
+    K2.6 repositories.
+
+    Raises:
+        FileNotFoundError: no config.json or no safetensors there.
+        ValueError: a damaged file, or a checkpoint without vision tensors.
+    """
+    config = json.loads(_locate(path_or_hub_id, "config.json").read_text())
+    vision = _vision_config(config.get("vision_config", config))
+    state = _read_tensors(path_or_hub_id)
+    tower = {re.sub(r"^(model\.)?vision_tower\.", "", k): v for k, v in state.items() if "mm_projector." not in k}
+    projector = {re.sub(r"^(model\.)?mm_projector\.", "", k): v for k, v in state.items() if "mm_projector." in k}
+    for published, ours in _PROJECTOR_NAMES.items():
+        projector = {k.replace(published, ours): v for k, v in projector.items()}
+    if any(k.startswith("encoder.") for k in tower):
+        tower = from_published(tower)
+    elif tower:
+        tower = from_transformers(tower, vision["num_attention_heads"])
+    if "patch_embed.proj.weight" not in tower:
+        raise ValueError(f"{path_or_hub_id} holds no MoonViT-3D vision tower (patch_embed.proj.weight is missing)")
+    eps = config.get("projection_layer_norm_eps", config.get("vision_config", {}).get("projector_ln_eps", 1e-5))
+    return VisionCheckpoint(vision, tower, projector, eps)
+
+
+def to_transformers(state: Mapping[str, torch.Tensor], heads: int) -> State:
+    """Our tower in the layout of transformers' `Kimi_K25VisionModel`."""
+    result: State = {}
+    for name, tensor in state.items():
+        if ".attn.qkv." not in name:
+            result[name] = tensor
+            continue
+        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            if letter != "v":
+                part = part.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # (h d 2) -> (h 2 d)
+            result[name.replace(".qkv.", f".{letter}_proj.")] = part.contiguous()
+    return result
+
+
+def from_transformers(state: Mapping[str, torch.Tensor], heads: int) -> State:
+    """The inverse of `to_transformers`."""
+    result: State = {}
+    for name, tensor in state.items():
+        if ".attn.q_proj." in name:
+            query, key = (
+                state[name.replace("q_proj", other)].unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+                for other in ("q_proj", "k_proj")
+            )
+            result[name.replace("q_proj", "qkv")] = torch.cat([query, key, state[name.replace("q_proj", "v_proj")]])
+        elif ".attn.k_proj." not in name and ".attn.v_proj." not in name:
+            result[name] = tensor
+    return result
+
+
+def from_published(state: Mapping[str, torch.Tensor]) -> State:
+    """Tower tensors under their published names (without `vision_tower.`) in our layout: new names, same numbers."""
+    result: State = {}
+    for name, tensor in state.items():
+        for published, ours in _TOWER_NAMES:
+            name = re.sub(published, ours, name)
+        # Published towers also store the fixed temporal table; here it is computed.
+        if not name.endswith("time_weight"):
+            result[name] = tensor
+    return result
+
+
+def to_published(tower: Mapping[str, torch.Tensor], projector: Mapping[str, torch.Tensor] | None = None) -> State:
+    """Our tower and projector under the names of the published Kimi repositories."""
+    result: State = {}
+    for name, tensor in tower.items():
+        name = re.sub(r"^(layers\.|final_layernorm\.)", r"encoder.\1", name).replace(
+            "encoder.layers.", "encoder.blocks."
+        )
+        for published, ours in (
+            ("norm0", "norm1"),
+            ("norm1", "norm2"),
+            ("mlp.fc0", "mlp.fc1"),
+            ("mlp.fc1", "mlp.fc2"),
+            ("wqkv", "attn.qkv"),
+            ("wo", "attn.proj"),
+        ):
+            if f".{ours}." in name:
+                name = name.replace(f".{ours}.", f".{published}.")
+                break
+        result["vision_tower." + name.replace("pos_emb.position_embeddings", "pos_emb.weight")] = tensor
+    for name, tensor in (projector or {}).items():
+        for published, ours in _PROJECTOR_NAMES.items():
+            name = name.replace(ours, published)
+        result["mm_projector." + name] = tensor
+    return result
+
+
+def _vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Vision settings under transformers' names; the published ones write vt_hidden_size and init_pos_emb_height."""
+    renamed = {re.sub(r"^(vt_|init_)", "", key): value for key, value in config.items()}
+    names = (
+        "patch_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act merge_kernel_size "
+        "pos_emb_height pos_emb_width pos_emb_time rope_parameters initializer_range "
+        "temporal_embedding space_time_attention temporal_pooling"
+    ).split()
+    return {name: renamed[name] for name in names if name in renamed}
+
+
+def _locate(path_or_hub_id: str | PathLike, name: str) -> Path:
+    """The local path of a file of the checkpoint, fetched from the Hub if `path_or_hub_id` is no folder."""
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}")
+        return folder / name
+    try:
+        return Path(hf_hub_download(str(path_or_hub_id), name))
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{path_or_hub_id} has no {name}") from error
+
+
+def _read_tensors(path_or_hub_id: str | PathLike) -> State:
+    """The vision and projector tensors, from the shards that the index names, or from the one file there is."""
+    try:
+        index = json.loads(_locate(path_or_hub_id, "model.safetensors.index.json").read_text())["weight_map"]
+        files = sorted({file for key, file in index.items() if _is_vision(key)})
+    except FileNotFoundError:
+        files = ["model.safetensors"]
+    state: State = {}
+    for file in files:
+        path = _locate(path_or_hub_id, file)
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                state |= {key: tensors.get_tensor(key) for key in tensors.keys() if _is_vision(key)}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    return state
+
+
+def _is_vision(key: str) -> bool:
+    """Whether a tensor belongs to a tower (bare or inside a full model) or to the projector."""
+    return bool(re.match(r"(model\.)?(vision_tower|mm_projector)\.|patch_embed\.|layers\.|final_layernorm\.", key))
