@@ -1,0 +1,216 @@
+"""The game: a ViZDoom process with the levels of Freedoom: Phase 2, and a session of play read frame by frame.
+
+Multiplayer mode with one player (`-host 1`): in single-player mode death ends the episode at once, and no frame of it
+could be recorded. `Mode.PLAYER` is synchronous, the game waits for the player, so that equal seeds and actions give
+equal pictures.
+"""
+
+import ctypes
+import os
+import re
+import shlex
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from .events import BOSS_AREA, BOSSES, MONSTER_AREA, Step
+from .player import BUTTONS, Player, Sight, Sprite
+
+TICS_PER_SECOND = 35
+TICS_PER_FRAME = 4  # 8.75 frames per second: a quarter of the data, and the shortest event still has 8 frames
+MAPS = tuple(f"MAP{number:02d}" for number in range(1, 33))
+WIDTHS = (160, 320, 640)  # of the picture in pixels, at 4:3
+VARIABLES = ("DAMAGECOUNT", "DAMAGE_TAKEN", "HEALTH", "SELECTED_WEAPON_AMMO", "POSITION_X", "POSITION_Y")
+DEAD_FRAMES = 18  # about 2 s
+ARMS = (("Shotgun", "Shell 30"), ("SuperShotgun", "Shell 40"), ("Chaingun", "Clip 150"), ("PlasmaRifle", "Cell 120"))
+BOSS_TRIES = 3  # a boss that found no room where the player looks is summoned again
+FRAMES_BETWEEN_TRIES = 18  # about 2 s: the player looks elsewhere by then
+
+# Left alone, the game outlives a killed Python: it waits for its next command for ever, deaf to SIGTERM. Linux ends a
+# process with its parent if the process itself asks for it, hence a launcher, which asks and then becomes the game. It
+# also moves to the work directory, where the game leaves its files, and to a process group of its own: Ctrl-C is for
+# Python, which then closes the game.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+launcher, parent, work, game = sys.argv[1:5]
+os.unlink(launcher)
+os.chdir(work)
+with open("instance", "w") as file:  # names the shared memory: for remove_leftovers
+    file.write(sys.argv[sys.argv.index("+viz_instance_id") + 1])
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(parent):  # it ended before we could ask
+    sys.exit(1)
+os.setpgid(0, 0)
+log = os.open("game.log", os.O_WRONLY | os.O_CREAT)
+os.dup2(log, 1)
+os.dup2(log, 2)
+os.execv(game, [game, *sys.argv[5:]])
+"""
+
+
+def require_vizdoom() -> Any:
+    """The module vizdoom; ModuleNotFoundError, with the way to install it, if there is none."""
+    try:
+        import vizdoom
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("recording needs the game: pip install 'k25lite[game]'", name="vizdoom") from error
+    return vizdoom
+
+
+def end_with_parent(parent: int) -> None:
+    """Have Linux kill this process when `parent`, which started it, ends, however that is. Elsewhere: nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+@contextmanager
+def running_game(work: Path, *, first_map: str, seed: int, width: int) -> Iterator[Any]:
+    """A running `vizdoom.DoomGame`, closed at the end; its files go to the directory `work`.
+
+    On Linux the game never outlives this process. What a game killed in this way leaves behind: see
+    `remove_leftovers`.
+    """
+    vizdoom = require_vizdoom()
+    work = work.resolve()
+    package = Path(vizdoom.__file__).parent
+    game = vizdoom.DoomGame()
+    game.set_doom_game_path(str(package / "freedoom2.wad"))
+    game.set_doom_config_path(str(work / "game.ini"))
+    game.set_doom_map(first_map)
+    game.set_seed(seed)
+    game.set_mode(vizdoom.Mode.PLAYER)
+    game.set_doom_skill(3)
+    game.set_episode_timeout(0)
+    game.add_game_args("-host 1 +sv_cheats 1")  # cheats: to summon bosses and hand out weapons
+    game.set_window_visible(False)
+    game.set_sound_enabled(False)
+    game.set_screen_format(vizdoom.ScreenFormat.RGB24)
+    game.set_screen_resolution(getattr(vizdoom.ScreenResolution, f"RES_{width}X{width * 3 // 4}"))
+    game.set_render_hud(True)
+    game.set_render_messages(True)
+    game.set_labels_buffer_enabled(True)
+    game.set_depth_buffer_enabled(True)
+    game.set_notifications_buffer_enabled(True)
+    game.set_notifications_buffer_size(TICS_PER_FRAME)  # each message once: those since the frame before
+    game.set_available_buttons([getattr(vizdoom.Button, name) for name in BUTTONS])
+    game.set_available_game_variables([getattr(vizdoom.GameVariable, name) for name in VARIABLES])
+    if os.name == "posix":
+        game.set_vizdoom_path(_write_launcher(package / "vizdoom", work))
+    game.init()
+    try:
+        yield game
+    finally:
+        game.close()
+
+
+def _write_launcher(game: Path, work: Path) -> str:
+    # In the system's temporary directory, because the output may lie on a drive from which nothing can be run.
+    descriptor, launcher = tempfile.mkstemp(prefix="k25lite-game-", suffix=".sh")
+    command = [sys.executable, "-ISc", _LAUNCHER, launcher, str(os.getpid()), str(work), str(game)]
+    with open(descriptor, "w") as file:
+        file.write(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    os.chmod(launcher, 0o700)
+    return launcher
+
+
+def remove_leftovers(work: Path) -> None:
+    """Remove the work directory of a game, if there, and the 10 MB of shared memory that a killed game leaves."""
+    if (work / "instance").exists():
+        instance = (work / "instance").read_text()
+        for name in ("ViZDoomSM", "ViZDoomMQDoom", "ViZDoomMQCtr"):
+            Path("/dev/shm", name + instance).unlink(missing_ok=True)
+    if work.exists():
+        shutil.rmtree(work)
+
+
+def pickup_messages() -> frozenset[str]:
+    """What the game says when an item is picked up: the strings GOT... in the DEHACKED lump of the file of levels."""
+    data = (Path(require_vizdoom().__file__).parent / "freedoom2.wad").read_bytes()
+    count, directory = struct.unpack_from("<ii", data, 4)
+    for start, size, name in struct.iter_unpack("<ii8s", data[directory : directory + 16 * count]):
+        if name == b"DEHACKED":
+            strings = re.findall(r"^GOT\w+ = (.+)$", data[start : start + size].decode("latin-1"), re.MULTILINE)
+            return frozenset(string.strip() for string in strings)
+    raise ValueError("freedoom2.wad has no lump DEHACKED to tell which messages mean a pickup")
+
+
+def play(
+    work: Path, frames: int, *, maps: Iterator[str], seed: int, width: int, map_seconds: float
+) -> Generator[tuple[np.ndarray, Step], None, None]:
+    """Play `frames` frames; yield each picture (uint8, [height, width, 3], RGB) and what the game says about it.
+
+    The player stays 0.5 to 1.5 times `map_seconds` on each of `maps` and meets a boss there, if one finds room to
+    appear.
+    """
+    rng = Random(seed)
+    pickups = pickup_messages()
+    picture_area = width * width * 3 // 4
+    player = Player(Random(rng.random()), width, TICS_PER_FRAME)
+    name = next(maps)
+    with running_game(work, first_map=name, seed=rng.randrange(2**31), width=width) as game:
+        frames_left = dead_frames = tries = boss_in = 0
+        damage: tuple[float, float] | None = None
+        for number in range(frames):
+            if frames_left == 0 or game.is_episode_finished():  # the latter: the player has found the exit
+                if number:
+                    name = next(maps)
+                    game.set_doom_map(name)
+                    game.new_episode()
+                    player.start_map()
+                stay = rng.uniform(0.5, 1.5) * map_seconds * TICS_PER_SECOND / TICS_PER_FRAME
+                frames_left, dead_frames = max(1, round(stay)), 0
+                tries, boss_in = BOSS_TRIES, round(rng.uniform(0.3, 0.7) * stay)
+                damage = None  # its counters start anew
+                _arm(game, rng)
+            elif dead_frames == DEAD_FRAMES:
+                game.respawn_player()
+                dead_frames = 0
+                _arm(game, rng)
+
+            state = game.get_state()
+            dealt, taken, health, ammunition, x, y = state.game_variables
+            sprites = [Sprite.of_label(label, (x, y)) for label in state.labels]
+            monsters = [sprite for sprite in sprites if sprite.is_monster]
+            step = Step(
+                map=name,
+                alive=not game.is_player_dead(),
+                hit=damage is not None and (dealt, taken) != damage,
+                monster=any(s.name not in BOSSES and s.area >= MONSTER_AREA * picture_area for s in monsters),
+                boss=any(s.name in BOSSES and s.area >= BOSS_AREA * picture_area for s in monsters),
+                pickup=any(line.strip() in pickups for line in state.notifications_buffer.splitlines()),
+            )
+            yield state.screen_buffer, step
+
+            damage = (dealt, taken)
+            frames_left, boss_in = frames_left - 1, boss_in - 1
+            if step.boss:
+                tries = 0
+            if step.alive:
+                # eye height is the middle of the view, which ends at the status bar: 168 of 200 lines
+                depth = state.depth_buffer[round(0.42 * state.depth_buffer.shape[0])]
+                buttons = player.act(Sight(sprites, depth, (x, y), health, ammunition))
+                if tries and boss_in <= 0:
+                    game.send_game_command(f"summon {rng.choice(BOSSES)}")
+                    tries, boss_in = tries - 1, FRAMES_BETWEEN_TRIES
+            else:
+                dead_frames += 1
+                buttons = [0.0] * len(BUTTONS)
+            game.make_action(buttons, TICS_PER_FRAME)
+
+
+def _arm(game: Any, rng: Random) -> None:
+    weapon, ammunition = rng.choice(ARMS)
+    for command in (f"give {weapon}", f"give {ammunition}", f"use {weapon}"):
+        game.send_game_command(command)

@@ -1,0 +1,135 @@
+"""What happened when: from the state of the game at each frame to the events of a video.
+
+The state is read from the game, never from its pictures: damage counters, whether the player lives, the map, the
+game's messages about items, and the class and visible box of every monster in view. An event is an interval of seconds
+in its video:
+
+fight   Player and ordinary monsters exchange damage, from the first hit to the last; hits at most FIGHT_GAP apart are
+        one fight. A hit counts only if an ordinary monster was in view within SIGHT_MEMORY, so that slime or a shot-up
+        barrel alone is no fight. Fights shorter than SHORTEST_FIGHT are dropped: one stray shot is nothing to see.
+boss    A living boss is in view of the living player, from the first sight to the last; sights at most BOSS_GAP apart
+        are one event, for the player turns away to dodge. Bosses are the classes with 1,000 hit points and more. In
+        view means BOSS_AREA of the picture: smaller is a few pixels at the horizon. Shorter than SHORTEST_FIGHT is
+        dropped as well.
+pickup  An item is picked up: PICKUP_SECONDS from that moment, in which the picture flashes and the message appears.
+        Pickups whose intervals touch are one event.
+death   The player is dead: until it respawns, the map changes or the video ends.
+level   Another map begins: its first LEVEL_SECONDS, or all of a shorter stay. The map on which a video opens is no event,
+        for nothing changes.
+
+A death or another map ends a fight. What lies within a boss event is taken out of the fights, so that these two never
+overlap; other kinds may. Times are exact to one frame. The frame at `end` is the first that no longer belongs to the
+event.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from math import inf
+
+KINDS = ("fight", "boss", "pickup", "death", "level")
+BOSSES = ("BaronOfHell", "Cyberdemon", "SpiderMastermind")  # 1,000, 4,000 and 3,000 hit points
+BOSS_AREA = 0.003  # of the picture: 58 of 160x120 pixels
+MONSTER_AREA = 0.0005  # of the picture: 10 of 160x120 pixels; what is smaller is one spot among others
+SIGHT_MEMORY = 1.0  # seconds: a shot is in the air, or the shooter has just stepped behind a wall
+FIGHT_GAP = 3.0  # seconds: longer than reloading and a dodge, shorter than the way to the next room
+BOSS_GAP = 10.0  # seconds
+SHORTEST_FIGHT = 1.0  # seconds
+PICKUP_SECONDS = 1.0
+LEVEL_SECONDS = 2.0
+
+Span = tuple[float, float]  # frames, end exclusive
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the game says about one frame."""
+
+    map: str
+    alive: bool = True
+    hit: bool = False  # the player dealt or took damage since the frame before
+    monster: bool = False  # a living ordinary monster is in view
+    boss: bool = False  # a living boss is in view
+    pickup: bool = False  # an item was picked up since the frame before
+
+
+@dataclass(frozen=True, order=True)
+class Event:
+    """One line of events.jsonl; `start` and `end` in seconds of that video."""
+
+    video: str
+    start: float
+    end: float
+    kind: str
+
+    def as_dict(self) -> dict[str, str | float]:
+        return asdict(self)
+
+
+def find_events(video: str, steps: Sequence[Step], fps: float) -> list[Event]:
+    """The events of one video of `len(steps)` frames, in order of their start; definitions above."""
+    stretch = [0] * len(steps)  # a number for each stretch of frames of one life on one map
+    changes, hits, bosses = [], [], []
+    seen: float = -inf
+    for i, step in enumerate(steps):
+        before = steps[max(i - 1, 0)]
+        stretch[i] = stretch[max(i - 1, 0)] + ((step.map, step.alive) != (before.map, before.alive))
+        if step.map != before.map:
+            changes.append(i)
+            seen = -inf  # a monster of the map before cannot hit
+        if step.monster:
+            seen = i
+        if step.alive and step.hit and i - seen <= SIGHT_MEMORY * fps:
+            hits.append(i)
+        if step.alive and step.boss:
+            bosses.append(i)
+
+    shortest = SHORTEST_FIGHT * fps
+    boss = [span for span in _join(bosses, BOSS_GAP * fps, stretch) if span[1] - span[0] >= shortest]
+    fight = _without(_join(hits, FIGHT_GAP * fps, stretch), boss)
+    found: dict[str, list[Span]] = {
+        "fight": [span for span in fight if span[1] - span[0] >= shortest],
+        "boss": boss,
+        "pickup": _merge((i, i + PICKUP_SECONDS * fps) for i, step in enumerate(steps) if step.pickup),
+        "death": _join((i for i, step in enumerate(steps) if not step.alive), 1, stretch),
+        "level": [(i, min(i + LEVEL_SECONDS * fps, j)) for i, j in pairwise([*changes, len(steps)])],
+    }
+    return sorted(
+        Event(video, round(start / fps, 3), round(min(end, len(steps)) / fps, 3), kind)
+        for kind, spans in found.items()
+        for start, end in spans
+    )
+
+
+def _join(frames: Iterable[int], gap: float, stretch: Sequence[int]) -> list[Span]:
+    """Spans of frames (end exclusive): neighbours lie at most `gap` frames apart, in one stretch."""
+    spans: list[Span] = []
+    last = -1
+    for i in frames:
+        if spans and i - last <= gap and stretch[i] == stretch[last]:
+            spans[-1] = (spans[-1][0], i + 1)
+        else:
+            spans.append((i, i + 1))
+        last = i
+    return spans
+
+
+def _merge(spans: Iterable[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for start, end in spans:
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _without(spans: list[Span], cuts: list[Span]) -> list[Span]:
+    for low, high in cuts:
+        spans = [
+            part
+            for start, end in spans
+            for part in ((start, min(end, low)), (max(start, high), end))
+            if part[0] < part[1]
+        ]
+    return spans
