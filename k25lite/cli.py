@@ -1,5 +1,85 @@
-"""The command line: one command per thing a user does, each a thin door to a function of the library."""
+"""k25lite: the Kimi K2.5 report at a scale that fits one GPU or a laptop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
+bench = typer.Typer(no_args_is_help=True, help="Measure k25lite against its peers, side by side in one run.")
+app.add_typer(bench, name="bench")
+
+
+class Profile(StrEnum):
+    smoke = "smoke"
+    lite = "lite"
+    full = "full"
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input ends in one line on stderr and exit code 2, not in a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        typer.echo(f"k25lite: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command(epilog="Examples: `k25lite reproduce` · `k25lite reproduce 01 --profile full --seeds 5`")
+def reproduce(
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(help="Numbers, names or paths; all if none is given.")
+    ] = None,
+    profile: Annotated[Profile, typer.Option(help="How much to compute.")] = Profile.lite,
+    out: Annotated[Path | None, typer.Option(help="Where to write [default: runs/reproduce/PROFILE].")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds [default: the notebook's own].")] = None,
+) -> None:
+    """Run the notebooks and build the scorecard: the report's numbers beside ours."""
+    from k25lite.reproduce import reproduce as run
+
+    with one_line_errors():
+        succeeded = run(notebooks or None, profile=profile.value, out=out, seeds=seeds)
+    if not succeeded:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `k25lite record --videos 32 --minutes 1440 --seed 0 --out data/generated/day`")
+def record(
+    out: Annotated[Path, typer.Option(help="Folder for the videos, events.jsonl and manifest.json.")],
+    videos: Annotated[int, typer.Option(help="How many files.")] = 4,
+    minutes: Annotated[float, typer.Option(help="Footage over all files together.")] = 8.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same game.")] = 0,
+    workers: Annotated[int, typer.Option(help="Games played at the same time.")] = 1,
+    width: Annotated[int, typer.Option(help="Of the picture, in pixels.")] = 160,
+    map_seconds: Annotated[float, typer.Option(help="Game time on a map before the next.")] = 120.0,
+) -> None:
+    """Record real game footage with its ground truth. A second call resumes what was cut off."""
+    from k25lite.gameplay.record import record as run
+
+    with one_line_errors():
+        manifest = run(
+            out, videos=videos, minutes=minutes, seed=seed, workers=workers, width=width, map_seconds=map_seconds
+        )
+    typer.echo(f"Recorded: {manifest}")
+
+
+@bench.command("vision", epilog="Example: `k25lite bench vision --json bench.json`")
+def bench_vision(
+    json: Annotated[Path | None, typer.Option(help="Write the measurements here.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: both, where there is a GPU].")] = None,
+    quick: Annotated[bool, typer.Option(help="Tiny shapes: does it run? Not for quoting.")] = False,
+) -> None:
+    """MoonViT3D against transformers' vision tower: same weights, same inputs."""
+    from k25lite.vision.bench import run
+
+    with one_line_errors():
+        report = run(device=device, quick=quick)
+    typer.echo(report.table())
+    if json:
+        report.save(json)

@@ -7,7 +7,7 @@ exotic variants of the published code (other merge or position types) that no pu
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +44,18 @@ class MoonViT3DConfig(Kimi_K25VisionConfig):
 
     @classmethod
     def lite(cls, **changes: Any) -> MoonViT3DConfig:
-        """0.9M parameters, for a laptop: 4 layers of width 128, patches of 8 pixels."""
-        small = {"patch_size": 8, "pos_emb_height": 16, "pos_emb_width": 16, "num_hidden_layers": 4}
-        return cls(**small | {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512} | changes)
+        """0.9M parameters, for a laptop: 4 layers of width 128, patches of 8 pixels, weights that start out larger."""
+        small = {
+            "patch_size": 8,
+            "pos_emb_height": 16,
+            "pos_emb_width": 16,
+            "num_hidden_layers": 4,
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+            "initializer_range": 0.05,
+        }
+        return cls(**small | changes)
 
     @classmethod
     def published(cls, **changes: Any) -> MoonViT3DConfig:
@@ -230,7 +239,7 @@ class MoonViT3D(PreTrainedModel):
         hidden = self.patch_embed(pixel_values.to(self.dtype), layout)
         rotary = rotary_table(self.config, layout.sizes, layout.device)[layout.position]
         segments = layout.segments(self.config.space_time_attention)
-        *before, last = list(self.layers)[: layer + 1]
+        *before, last = (cast(EncoderLayer, module) for module in self.layers[: layer + 1])
         for earlier in before:
             hidden = earlier(hidden, rotary, segments)
         query, key, _ = last.attn.project(last.norm1(hidden), rotary)

@@ -1,0 +1,109 @@
+"""The arms of an experiment: the same training, but for one difference, over several seeds, side by side in processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from k25lite.training.vit import VisionReader, evaluate, make_examples, train
+from k25lite.vision import MoonViT3DConfig
+from k25lite.world.scenes import SceneSpec
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm trains on and is tested on.
+
+    Args:
+        name: as it stands in figures.
+        data: (scenes, how many) to train on, shuffled together.
+        tests: what to be asked about, by name; the same scenes for every arm of a seed.
+        encoder: changes to the lite configuration.
+        stride: show the encoder every stride-th frame only, in training and in tests.
+        starts_from: the name of an arm, given in `starts`, whose weights of the same seed to begin with.
+    """
+
+    name: str
+    data: tuple[tuple[SceneSpec, int], ...]
+    tests: tuple[tuple[str, SceneSpec, int], ...]
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+    stride: int = 1
+    starts_from: str | None = None
+
+
+@dataclass
+class Outcome:
+    """All arms and seeds: answers has one row per test question, logs one per step; both with columns arm and seed."""
+
+    answers: pd.DataFrame
+    logs: pd.DataFrame
+    weights: dict[tuple[str, int], State]
+
+
+def run_arms(
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    *,
+    device: str = "cpu",
+    workers: int | None = None,
+    starts: Mapping[tuple[str, int], State] | None = None,
+    progress: bool = True,
+) -> Outcome:
+    """Train and test every arm with every seed.
+
+    The runs are independent and small, so they go side by side: on a CPU one thread to a run wastes least, and on a GPU a
+    single run leaves most of the device idle. A seed fixes the data, the initial weights and the order, whatever the arm.
+
+    Raises:
+        Whatever a run raised, once the other runs are cancelled.
+    """
+    cores = os.cpu_count() or 1
+    workers = min(workers or (cores if device == "cpu" else min(8, cores)), len(arms) * len(seeds))
+    starts = starts or {}
+    answers, logs, weights = [], [], {}
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        jobs = {
+            pool.submit(_run, arm, seed, device, max(1, cores // workers), starts.get((arm.starts_from or "", seed)))
+            for seed in seeds
+            for arm in arms
+        }
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="arms x seeds", disable=not progress):
+            arm_name, seed, answered, log, state = job.result()
+            answers.append(answered.assign(arm=arm_name, seed=seed))
+            logs.append(log.assign(arm=arm_name, seed=seed))
+            weights[arm_name, seed] = state
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return Outcome(pd.concat(answers, ignore_index=True), pd.concat(logs, ignore_index=True), weights)
+
+
+def _run(arm: Arm, seed: int, device: str, threads: int, start: State | None):
+    """One arm with one seed, in a process of its own."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    if arm.starts_from and start is None:
+        raise ValueError(f"arm {arm.name!r} starts from {arm.starts_from!r}, which is not among the given weights")
+    model = VisionReader(MoonViT3DConfig.lite(**arm.encoder))
+    if start:
+        model.load_state_dict(start)
+    # Streams of a seed are numbered, so that no two of its training sets, nor a test set, share a stream.
+    stream = 1_000 * (seed + 1)
+    data = [e for i, (spec, n) in enumerate(arm.data) for e in make_examples(spec, n, stream + i, arm.stride)]
+    log = train(model, data, seed=seed, device=device, progress=False)
+    answers = [
+        evaluate(model, make_examples(spec, n, stream + 500 + i, arm.stride), device=device).assign(test=name)
+        for i, (name, spec, n) in enumerate(arm.tests)
+    ]
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    return arm.name, seed, pd.concat(answers, ignore_index=True), log, state
