@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.kimi_k25 import Kimi_K25VisionModel
 from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25VisionConfig
 
 from k25lite.vision.attention import dense_attention_map, packed_attention
@@ -265,6 +266,23 @@ class MoonViT3D(PreTrainedModel):
         """Save in transformers' layout: `Kimi_K25VisionModel.from_pretrained` reads the folder as it is."""
         state = to_transformers(kwargs.pop("state_dict", None) or self.state_dict(), self.config.num_attention_heads)
         super().save_pretrained(save_directory, state_dict=state, **kwargs)
+
+    def to_transformers(self) -> Kimi_K25VisionModel:
+        """The same encoder as transformers' own class, weights copied; for comparing, or for code written against it.
+
+        Raises:
+            ValueError: an ablation switch is off, which that class cannot express.
+        """
+        switches = ("temporal_embedding", "space_time_attention", "temporal_pooling")
+        if off := [name for name in switches if not getattr(self.config, name)]:
+            raise ValueError(f"transformers' encoder has no switch for: {', '.join(off)}")
+        heads = self.config.num_attention_heads
+        fields = {name: value for name, value in self.config.to_dict().items() if name not in switches}
+        state = {name: tensor.clone() for name, tensor in to_transformers(self.state_dict(), heads).items()}
+        encoder = Kimi_K25VisionModel.from_pretrained(
+            None, config=Kimi_K25VisionConfig(**fields), state_dict=state, dtype=self.dtype
+        )
+        return encoder.to(self.device).train(self.training)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import patches, randomise, upstream_of
+from conftest import patches, randomise
 from safetensors.torch import load_file, save_file
 from transformers import Kimi_K25ForConditionalGeneration
 from transformers.models.kimi_k25 import Kimi_K25VisionModel
@@ -159,7 +159,7 @@ def test_rotary_layouts_differ_but_hold_the_same_numbers(lite):
     back = checkpoint.from_transformers(theirs, heads)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
-    assert upstream_of(lite)  # strict load_state_dict: no name is missing or invented
+    assert lite.to_transformers()  # strict load_state_dict: no name is missing or invented
 
 
 def test_errors_name_the_folder(tmp_path, lite):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import patches, randomise, upstream_of
+from conftest import patches, randomise
 
 from k25lite.vision import MoonViT3D, MoonViT3DConfig
 from k25lite.vision import moonvit3d as module
@@ -30,12 +30,12 @@ def test_equals_transformers(config, grids):
     model = MoonViT3D(config).eval()
     randomise(model)
     pixel_values, grid_thw = patches(grids, config.patch_size)
-    assert largest_difference(model(pixel_values, grid_thw), upstream_of(model)(pixel_values, grid_thw)) <= 1e-4
+    assert largest_difference(model(pixel_values, grid_thw), model.to_transformers()(pixel_values, grid_thw)) <= 1e-4
 
 
 @pytest.mark.parametrize("grids", [[[1, 6, 10], [1, 2, 4]], [[3, 4, 6]]], ids=["images", "chunk"])
 def test_gradients_equal_those_of_transformers(lite, grids):
-    reference = upstream_of(lite)
+    reference = lite.to_transformers()
     pixel_values, grid_thw = patches(grids, 8)
     for model in (lite, reference):
         model.zero_grad()
@@ -137,6 +137,22 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(pixel_values, grid_thw).pooler_output.square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+def test_an_ablated_encoder_has_no_twin_in_transformers():
+    with pytest.raises(ValueError, match="no switch for: temporal_embedding, temporal_pooling"):
+        MoonViT3D(MoonViT3DConfig.lite(temporal_embedding=False, temporal_pooling=False)).to_transformers()
+
+
+@torch.no_grad()
+def test_the_published_configuration_equals_transformers():
+    """One run of all 27 layers and 400 million parameters, on a picture of odd size and on a chunk."""
+    model = MoonViT3D(MoonViT3DConfig.published()).eval()
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(400e6, rel=0.05)
+    reference = model.to_transformers()
+    for grids in ([[1, 4, 10]], [[3, 4, 4]]):
+        pixel_values, grid_thw = patches(grids, 14)
+        assert largest_difference(model(pixel_values, grid_thw), reference(pixel_values, grid_thw)) <= 1e-4
 
 
 def test_wrong_patches_are_named(lite):

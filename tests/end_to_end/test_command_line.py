@@ -1,0 +1,88 @@
+"""The commands as a user types them, each in a process of its own."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from k25lite.vision import MoonViT3D, MoonViT3DConfig, pack, read_video
+
+ROOT = Path(__file__).parents[2]
+K25LITE = Path(sys.executable).with_name("k25lite")
+
+
+def k25lite(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([K25LITE, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.mark.parametrize("command", [[], ["reproduce"], ["record"], ["bench"], ["bench", "vision"]])
+def test_help_needs_no_torch_and_gives_examples(command):
+    shown = k25lite(*command, "--help")
+    assert shown.returncode == 0
+    assert "Usage" in shown.stdout
+    if command and command != ["bench"]:
+        assert "Example" in shown.stdout
+    code = "import sys, k25lite.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reproduce", "99"], "99"),
+        (["record", "--out", "{tmp}/x", "--videos", "0"], "videos"),
+        (["record", "--out", "{tmp}/x", "--minutes", "-1"], "minutes"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(arguments, message, tmp_path):
+    failed = k25lite(*(a.format(tmp=tmp_path) for a in arguments), cwd=ROOT)
+    assert failed.returncode == 2
+    assert message in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_notebook_is_exit_code_1_and_named(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    broken = json.loads((ROOT / "notebooks" / "01_moonvit3d.ipynb").read_text())
+    broken["cells"] = broken["cells"][:3]
+    broken["cells"].append(broken["cells"][1] | {"source": "1 / 0", "id": "broken"})
+    (tmp_path / "notebooks" / "01_broken.ipynb").write_text(json.dumps(broken))
+    failed = k25lite("reproduce", "--profile", "smoke", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "01_broken" in failed.stdout + failed.stderr
+    assert "ZeroDivisionError" in failed.stdout + failed.stderr
+    assert (tmp_path / "runs" / "reproduce" / "smoke" / "scorecard.html").is_file()
+
+
+def test_recorded_footage_is_read_packed_and_encoded(tmp_path):
+    pytest.importorskip("vizdoom", reason="needs the extra `game`: pip install 'k25lite[game]'")
+    made = k25lite("record", "--videos", 1, "--minutes", 0.1, "--seed", 5, "--out", tmp_path / "game")
+    assert made.returncode == 0, made.stderr
+    (video,) = (tmp_path / "game").glob("*.mp4")
+    chunks = read_video(video, fps=2, unit=16)
+    encoder = MoonViT3D(MoonViT3DConfig.lite()).eval()
+    out = encoder(*pack(chunks, encoder.config))
+    height, width = chunks[0].frames.shape[1:3]
+    assert len(out.pooler_output) == len(chunks) * (height // 16) * (width // 16)
+    for line in (tmp_path / "game" / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        assert 0 <= event["start"] <= event["end"] <= 6.1
+
+
+def test_the_readme_lines_for_your_own_pictures_and_videos_run(tmp_path):
+    """The code block of the README, on a picture and a clip of those names."""
+    readme = (ROOT / "README.md").read_text()
+    block = readme.split("```python\n")[1].split("```")[0]
+    assert len(block.strip().splitlines()) <= 6
+    shutil.copy(ROOT / "data" / "gameplay" / "gameplay_0000.mp4", tmp_path / "holiday.mp4")
+    import skimage.data
+    from PIL import Image
+
+    Image.fromarray(skimage.data.chelsea()).save(tmp_path / "cat.jpg")
+    ran = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "torch.Size" in ran.stdout
