@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -173,6 +173,29 @@ def refuse_difference(case: str, peer: str, what: str, difference: float, tolera
         raise Disagreement(
             f"{case}: {what} of {peer} and of {SUBJECT} differ by {difference:.2g}, more than {tolerance:g}; not timed"
         )
+
+
+def relative_difference(ours: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> float:
+    """The norm of the difference of all tensors together, over the norm of the reference."""
+
+    def norm(tensors: Iterable[torch.Tensor]) -> float:
+        return sum(tensor.float().square().sum().item() for tensor in tensors) ** 0.5
+
+    return norm(ours[name] - each for name, each in reference.items()) / norm(reference.values())
+
+
+def devices(name: str | None = None) -> list[torch.device]:
+    """The device of that name, "cpu" or "cuda"; by default the CPU and the GPU, if there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if name not in (None, "cpu", "cuda"):
+        raise ValueError(f"device is 'cpu' or 'cuda', got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device")
+    names = [name] if name else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [torch.device(each) for each in names]
 
 
 def device_name(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
@@ -17,7 +18,8 @@ from k25lite.training.vit import VisionReader, evaluate, make_examples, train
 from k25lite.vision import MoonViT3DConfig
 from k25lite.world.scenes import SceneSpec
 
-State = dict[str, torch.Tensor]
+# numpy, because torch would hand tensors between processes as one open file each.
+Weights = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Outcome:
 
     answers: pd.DataFrame
     logs: pd.DataFrame
-    weights: dict[tuple[str, int], State]
+    weights: dict[tuple[str, int], Weights]
 
 
 def run_arms(
@@ -56,7 +58,7 @@ def run_arms(
     *,
     device: str = "cpu",
     workers: int | None = None,
-    starts: Mapping[tuple[str, int], State] | None = None,
+    starts: Mapping[tuple[str, int], Weights] | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Train and test every arm with every seed.
@@ -70,33 +72,32 @@ def run_arms(
     cores = os.cpu_count() or 1
     workers = min(workers or (cores if device == "cpu" else min(8, cores)), len(arms) * len(seeds))
     starts = starts or {}
-    answers, logs, weights = [], [], {}
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         jobs = {
-            pool.submit(_run, arm, seed, device, max(1, cores // workers), starts.get((arm.starts_from or "", seed)))
+            (arm.name, seed): pool.submit(_run, arm, seed, device, starts.get((arm.starts_from or "", seed)))
             for seed in seeds
             for arm in arms
         }
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="arms x seeds", disable=not progress):
-            arm_name, seed, answered, log, state = job.result()
-            answers.append(answered.assign(arm=arm_name, seed=seed))
-            logs.append(log.assign(arm=arm_name, seed=seed))
-            weights[arm_name, seed] = state
+        for job in tqdm(as_completed(jobs.values()), total=len(jobs), desc="arms x seeds", disable=not progress):
+            job.result()  # raises at the first failure, not after the last run
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    return Outcome(pd.concat(answers, ignore_index=True), pd.concat(logs, ignore_index=True), weights)
+    answers, logs, weights = zip(*(job.result() for job in jobs.values()), strict=True)
+    return Outcome(
+        pd.concat(answers, ignore_index=True), pd.concat(logs, ignore_index=True), dict(zip(jobs, weights, strict=True))
+    )
 
 
-def _run(arm: Arm, seed: int, device: str, threads: int, start: State | None):
-    """One arm with one seed, in a process of its own."""
-    torch.set_num_threads(threads)
+def _run(arm: Arm, seed: int, device: str, start: Weights | None):
+    """One arm with one seed, in a process of its own: its answers, its log, its weights."""
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     if arm.starts_from and start is None:
         raise ValueError(f"arm {arm.name!r} starts from {arm.starts_from!r}, which is not among the given weights")
     model = VisionReader(MoonViT3DConfig.lite(**arm.encoder))
-    if start:
-        model.load_state_dict(start)
+    if start is not None:
+        model.load_state_dict({name: torch.from_numpy(array) for name, array in start.items()})
     # Streams of a seed are numbered, so that no two of its training sets, nor a test set, share a stream.
     stream = 1_000 * (seed + 1)
     data = [e for i, (spec, n) in enumerate(arm.data) for e in make_examples(spec, n, stream + i, arm.stride)]
@@ -105,5 +106,6 @@ def _run(arm: Arm, seed: int, device: str, threads: int, start: State | None):
         evaluate(model, make_examples(spec, n, stream + 500 + i, arm.stride), device=device).assign(test=name)
         for i, (name, spec, n) in enumerate(arm.tests)
     ]
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return arm.name, seed, pd.concat(answers, ignore_index=True), log, state
+    weights = {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()}
+    mark = {"arm": arm.name, "seed": seed}
+    return pd.concat(answers, ignore_index=True).assign(**mark), log.assign(**mark), weights

@@ -89,6 +89,11 @@ def collate(batch: Sequence[Example], config: MoonViT3DConfig, rng: np.random.Ge
     Returns:
         pixel_values, grid_thw, words [batch * 4, length], targets of that shape: the answer where one is due, else -100.
     """
+    costs = {len(e.chunks) if config.temporal_pooling else sum(map(len, e.chunks)) for e in batch}
+    if len(costs) > 1:
+        raise ValueError(
+            f"the scenes of a batch must cost equally many tokens; a cell's cost here is one of {sorted(costs)}"
+        )
     pixel_values, grid_thw = pack([chunk for example in batch for chunk in example.chunks], config)
     rows, targets = [], []
     for questions in (cell for example in batch for cell in example.questions):
@@ -115,11 +120,15 @@ def train(
 ) -> pd.DataFrame:
     """One pass over `data`, in an order that depends on the seed alone; AdamW, warm-up-stable-decay.
 
-    All scenes of a batch must cost equally many tokens; stills and one-chunk clips do.
-
     Returns:
         One row per step: step, loss, learning_rate.
+
+    Raises:
+        ValueError: fewer scenes than one batch, or scenes that do not cost equally many tokens (stills and one-chunk clips
+            do).
     """
+    if len(data) < batch_size:
+        raise ValueError(f"{len(data)} scenes are less than one batch of {batch_size}")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data))
     steps = len(data) // batch_size

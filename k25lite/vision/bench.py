@@ -10,8 +10,9 @@ Not covered: reading and resizing pictures, memory, other attention kernels of t
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from transformers.models.kimi_k25 import Kimi_K25VisionModel
 from k25lite.bench import (
     PRODUCT,
     SUBJECT,
-    MatrixProduct,
     Report,
     Row,
     device_name,
+    devices,
     fastest_product,
     median_seconds,
     refuse_difference,
+    relative_difference,
 )
 from k25lite.vision.checkpoint import to_transformers
 from k25lite.vision.moonvit3d import MoonViT3D, MoonViT3DConfig
@@ -36,7 +38,7 @@ from k25lite.vision.packing import Grid
 PEER = "transformers"
 PEER_BY_LENGTH = "transformers, one call per t"
 # Largest differences that rounding explains: of an output of order 1, and of all gradients relative to their norm.
-TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.5, 0.1)}
+TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.5, 0.2)}
 PUBLISHED_MEMORY = 32 * 2**30  # bytes a GPU needs for a training step of the published configuration
 
 
@@ -88,9 +90,9 @@ def run(device: str | None = None, quick: bool = False) -> Report:
         Disagreement: the two towers do not compute the same; nothing was timed then.
         ValueError: no such device.
     """
-    devices = _devices(device)
-    report = Report("; ".join(device_name(each) for each in devices))
-    for each in devices:
+    measured = devices(device)
+    report = Report("; ".join(device_name(each) for each in measured))
+    for each in measured:
         for setup in setups(each, quick):
             measure(report, setup, cases(quick), quick)
         report.rows += geometric_means(report.rows, each.type)
@@ -133,7 +135,7 @@ def measure(report: Report, setup: Setup, grids_of: dict[str, list[Grid]], quick
     gpu = setup.device.type == "cuda"
     sizes = (128,) if quick else (4096, 8192, 16384) if gpu else (512, 1024, 2048)
     product = fastest_product(setup.device, setup.dtype, sizes)
-    budget = 0.0 if quick else 3.0 if gpu else 6.0
+    seconds, rounds = (0.0, (1, 1)) if quick else (3.0 if gpu else 6.0, (3, 50))
     for name, grids in tqdm(grids_of.items(), desc=str(setup), disable=None):
         case = f"{setup}: {name}"
         contenders = contenders_for(ours, reference, grids, setup)
@@ -141,7 +143,7 @@ def measure(report: Report, setup: Setup, grids_of: dict[str, list[Grid]], quick
         flops = count_flops(ours.config, grids)
         for mode in ("forward", "training"):
             calls = {who: c.forward if mode == "forward" else c.train for who, c in contenders.items()}
-            timed = median_seconds({**calls, PRODUCT: product}, setup.device, seconds=budget)
+            timed = median_seconds({**calls, PRODUCT: product}, setup.device, seconds=seconds, rounds=rounds)
             work = flops * (
                 3 if mode == "training" else 1
             )  # backward repeats every product twice, for inputs and weights
@@ -244,7 +246,7 @@ def check(
     refuse_difference(case, peer, "outputs", difference, TOLERANCE[dtype][0])
     report.add(case, "max difference", "absolute", {peer: difference})
 
-    heads = mine.model.config.num_attention_heads
+    heads = cast(MoonViT3D, mine.model).config.num_attention_heads
     difference = relative_difference(to_transformers(gradients(mine), heads), gradients(other))
     refuse_difference(case, peer, "gradients", difference, TOLERANCE[dtype][1])
     report.add(case, "gradient difference", "of their norm", {peer: difference})
@@ -254,22 +256,3 @@ def gradients(contender: Contender) -> dict[str, torch.Tensor]:
     """Of one training step, by parameter."""
     contender.train()
     return {name: p.grad for name, p in contender.model.named_parameters() if p.grad is not None}
-
-
-def relative_difference(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """The norm of the difference of all tensors together, over the norm of the reference."""
-
-    def norm(tensors: Iterator[torch.Tensor]) -> float:
-        return sum(tensor.float().square().sum().item() for tensor in tensors) ** 0.5
-
-    return norm(ours[name] - each for name, each in reference.items()) / norm(iter(reference.values()))
-
-
-def _devices(device: str | None) -> list[torch.device]:
-    """The devices to measure on. ValueError if there is no such device."""
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"device is 'cpu' or 'cuda', got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here")
-    names = [device] if device else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return [torch.device(name) for name in names]

@@ -30,7 +30,7 @@ COLOURS = {
     "magenta": (220, 80, 210),
 }
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
-DIGITS = tuple("01247")  # five that stay distinct at nine pixels
+DIGITS = tuple("01247")  # five that stay distinct at eight pixels
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0), "still": (0, 0)}
 ASKED = ("colour", "what", "move", "flash")
 
@@ -118,6 +118,12 @@ class SceneSpec:
     concepts: tuple[str, ...] = SHAPES + DIGITS
     flash_frames: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.concepts or not set(self.concepts) <= {*SHAPES, *DIGITS}:
+            raise ValueError(f"concepts must be some of {SHAPES + DIGITS}, got {self.concepts}")
+        if self.frames < 1 or not (self.flash_frames is None or 1 <= self.flash_frames <= self.frames):
+            raise ValueError(f"a flash lasts 1 to {self.frames} frames of the clip, got {self.flash_frames}")
+
 
 def sample_scenes(spec: SceneSpec, n: int, seed: int) -> Iterator[Scene]:
     """n scenes; the same (spec, seed) gives the same scenes, and different seeds share none but by coincidence."""
@@ -127,16 +133,14 @@ def sample_scenes(spec: SceneSpec, n: int, seed: int) -> Iterator[Scene]:
         if spec.flash_frames is not None:
             first = int(rng.integers(spec.frames - spec.flash_frames + 1))
             flash = (int(rng.integers(4)), DIGITS[rng.integers(len(DIGITS))], first, spec.flash_frames)
-        # On a board with a flash the standing objects are shapes, so that a digit seen is the one that flashed.
-        concepts = SHAPES if flash else spec.concepts
-        things = tuple(_sample_thing(rng, spec, concepts) for _ in CELLS)
+        things = tuple(_sample_thing(rng, spec) for _ in CELLS)
         yield Scene(things, spec.frames, flash, int(rng.integers(2**31)))
 
 
-def _sample_thing(rng: np.random.Generator, spec: SceneSpec, concepts: tuple[str, ...]) -> Thing:
+def _sample_thing(rng: np.random.Generator, spec: SceneSpec) -> Thing:
     row, column = (int(rng.integers(CELL - GLYPH + 1)) for _ in range(2))
     motion = rng.choice(list(DIRECTIONS)) if spec.frames > 1 else "still"
-    return Thing(str(rng.choice(concepts)), str(rng.choice(list(COLOURS))), str(motion), (row, column))
+    return Thing(str(rng.choice(spec.concepts)), str(rng.choice(list(COLOURS))), str(motion), (row, column))
 
 
 def draw(scene: Scene) -> np.ndarray:
@@ -164,7 +168,7 @@ def _paste(frame: np.ndarray, cell: int, concept: str, colour: str | None, row: 
 
 @cache
 def _glyph(concept: str) -> np.ndarray:
-    """[9, 9] coverage of a shape or digit in [0, 1], drawn large and averaged down."""
+    """[8, 8] coverage of a shape or digit in [0, 1], drawn large and averaged down."""
     scale = 8
     side = GLYPH * scale
     image = Image.new("L", (side, side))
