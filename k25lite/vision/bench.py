@@ -135,7 +135,7 @@ def measure(report: Report, setup: Setup, grids_of: dict[str, list[Grid]], quick
     gpu = setup.device.type == "cuda"
     sizes = (128,) if quick else (4096, 8192, 16384) if gpu else (512, 1024, 2048)
     product = fastest_product(setup.device, setup.dtype, sizes)
-    seconds, rounds = (0.0, (1, 1)) if quick else (3.0 if gpu else 6.0, (3, 50))
+    seconds, rounds = (0.0, (1, 1)) if quick else (3.0 if gpu else 4.0, (3, 50))
     for name, grids in tqdm(grids_of.items(), desc=str(setup), disable=None):
         case = f"{setup}: {name}"
         contenders = contenders_for(ours, reference, grids, setup)

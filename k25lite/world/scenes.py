@@ -118,9 +118,14 @@ class SceneSpec:
     concepts: tuple[str, ...] = SHAPES + DIGITS
     flash_frames: int | None = None
 
+    @property
+    def standing(self) -> tuple[str, ...]:
+        """What may stand in a cell: beside a flash only shapes, so that a digit seen is the one that flashed."""
+        return tuple(c for c in self.concepts if self.flash_frames is None or c in SHAPES)
+
     def __post_init__(self) -> None:
-        if not self.concepts or not set(self.concepts) <= {*SHAPES, *DIGITS}:
-            raise ValueError(f"concepts must be some of {SHAPES + DIGITS}, got {self.concepts}")
+        if not self.standing or not set(self.concepts) <= {*SHAPES, *DIGITS}:
+            raise ValueError(f"concepts must be some of {SHAPES + DIGITS}, with a flash shapes, got {self.concepts}")
         if self.frames < 1 or not (self.flash_frames is None or 1 <= self.flash_frames <= self.frames):
             raise ValueError(f"a flash lasts 1 to {self.frames} frames of the clip, got {self.flash_frames}")
 
@@ -140,7 +145,7 @@ def sample_scenes(spec: SceneSpec, n: int, seed: int) -> Iterator[Scene]:
 def _sample_thing(rng: np.random.Generator, spec: SceneSpec) -> Thing:
     row, column = (int(rng.integers(CELL - GLYPH + 1)) for _ in range(2))
     motion = rng.choice(list(DIRECTIONS)) if spec.frames > 1 else "still"
-    return Thing(str(rng.choice(spec.concepts)), str(rng.choice(list(COLOURS))), str(motion), (row, column))
+    return Thing(str(rng.choice(spec.standing)), str(rng.choice(list(COLOURS))), str(motion), (row, column))
 
 
 def draw(scene: Scene) -> np.ndarray:
