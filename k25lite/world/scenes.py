@@ -95,12 +95,13 @@ class Scene:
     def questions(self) -> tuple[Question, ...]:
         found: list[Question] = []
         for cell, (where, thing) in enumerate(zip(CELLS, self.things, strict=True)):
+            if self.flash:
+                found.append(Question("flash", where, self.flash[1] if self.flash[0] == cell else "none"))
+                continue
             found.append(Question("what", where, thing.concept, thing.concept))
             found.append(Question("colour", where, thing.colour, thing.concept))
             if self.frames > 1:
                 found.append(Question("move", where, thing.motion, thing.concept))
-            if self.flash:
-                found.append(Question("flash", where, self.flash[1] if self.flash[0] == cell else "none"))
         return tuple(found)
 
 
