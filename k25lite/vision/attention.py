@@ -30,12 +30,12 @@ def packed_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
         cu, longest = segments.cu_seqlens, segments.max_seqlen
         return cast(torch.Tensor, varlen_attn(query, key, value, cu, cu, longest, longest))
-    outputs, start = [], 0
-    for n, length in segments.runs:
-        stop = start + n * length
-        q, k, v = (x[start:stop].unflatten(0, (n, length)).transpose(1, 2) for x in (query, key, value))  # n H l D
+    # split, not slices: the backward of a slice fills a whole tensor with zeros, that of a split is one concatenation.
+    tokens = [n * length for n, length in segments.runs]
+    outputs = []
+    for run, *parts in zip(segments.runs, *(x.split(tokens) for x in (query, key, value)), strict=True):
+        q, k, v = (part.unflatten(0, run).transpose(1, 2) for part in parts)  # (n l) H D -> n H l D
         outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-        start = stop
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

@@ -126,6 +126,12 @@ def test_attention_map_is_block_diagonal_in_the_given_order(lite):
     torch.testing.assert_close(weights.sum(-1), torch.ones(4, 24), atol=1e-5, rtol=1e-5)
 
 
+def test_the_activation_on_a_cpu_is_the_tanh_gelu():
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(module.CPUTanhGELU.apply(x), torch.nn.functional.gelu(x, approximate="tanh"))
+    torch.autograd.gradcheck(module.CPUTanhGELU.apply, x[::200].detach().requires_grad_())
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model = MoonViT3D(MoonViT3DConfig.lite()).train()
     pixel_values, grid_thw = patches(MIXED[:4], 8)
