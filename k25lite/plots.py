@@ -3,8 +3,10 @@
 The colours are those of Okabe and Ito (2008), "Color Universal Design": they stay apart for common colour blindnesses.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -126,3 +128,13 @@ def report_beside_ours(
     compare_arms(frame, x=x, y=y, seed=seed, order=order, ax=right)
     right.set_title(f"k25lite, {frame[seed].nunique()} seeds")
     return figure
+
+
+def explore(draw: Callable[..., None], **controls: widgets.Widget) -> None:
+    """Call `draw` with the values of ipywidgets controls, again at each change; do nothing where nobody can move them.
+
+    `k25lite reproduce` sets K25LITE_STATIC: without a front end, a widget shows nothing, and one that captures figures can
+    leave the run waiting forever for a message that was lost.
+    """
+    if not os.environ.get("K25LITE_STATIC"):
+        widgets.interact(draw, **controls)

@@ -4,6 +4,7 @@ Papermill executes each notebook in a kernel of its own and saves the executed c
 fails leaves everything up to its failing cell. The rest still run: one broken notebook hides nothing else.
 """
 
+import os
 import sys
 import threading
 import time
@@ -103,6 +104,7 @@ def _run(notebook: Path, copy: Path, results: Path, parameters: dict[str, Any], 
         stale.unlink(missing_ok=True)
         stale.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(notebook.stem, stream)
+    os.environ["K25LITE_STATIC"] = "1"  # kernels inherit it; see k25lite.plots.explore
     try:
         with progress:
             _execute(notebook, copy, parameters | {"OUT": str(results)}, progress)

@@ -1,3 +1,4 @@
+import ipywidgets as widgets
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -73,3 +74,13 @@ def test_curves_show_each_seed_and_the_mean():
     for expected in (steps + 1.0, 2 * steps + 1.0):  # the mean over seeds, which here is also the middle seed
         assert sum(np.allclose(curve, expected) for curve in curves) == 2
     assert len(plots.seed_curves(frame[frame.arm == "late"], x="step", y="loss").lines) == 4
+
+
+def test_controls_call_the_drawing_where_there_is_a_front_end_and_are_left_out_where_not(monkeypatch):
+    seen = []
+    monkeypatch.delenv("K25LITE_STATIC", raising=False)
+    plots.explore(seen.append, x=widgets.IntSlider(3, 0, 9))
+    assert seen == [3]
+    monkeypatch.setenv("K25LITE_STATIC", "1")
+    plots.explore(seen.append, x=widgets.IntSlider(4, 0, 9))
+    assert seen == [3]

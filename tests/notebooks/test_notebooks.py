@@ -39,7 +39,7 @@ def test_has_the_form_every_notebook_has(notebook):
     assert {"PROFILE", "SEEDS", "OUT"} <= {line.split("=")[0].strip() for line in tagged[0].source.splitlines()}
     assert "record.save(OUT)" in cells[-1].source
     text = "".join(cell.source for cell in cells)
-    assert "widgets." in text
+    assert "explore(" in text
     assert text.count("<details>") >= 2, "exercises with folded solutions"
 
 
