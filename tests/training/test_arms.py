@@ -3,6 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -92,24 +93,23 @@ def test_no_scene_is_trained_on_and_tested_nor_shared_by_seeds(monkeypatch):
 def test_arms_that_differ_in_name_alone_are_equal_bit_for_bit(outcome):
     for seed in (0, 1):
         plain, twin = outcome.weights["plain", seed], outcome.weights["twin", seed]
-        assert all(torch.equal(plain[name], twin[name]) for name in plain)
+        assert all(np.array_equal(plain[name], twin[name]) for name in plain)
         pd.testing.assert_frame_equal(rows(outcome, "plain", seed), rows(outcome, "twin", seed))
 
 
 def test_what_an_arm_changes_changes_its_weights_and_so_does_the_seed(outcome):
     name = "decoder.embed_tokens.weight"
     weights = {key: outcome.weights[key][name] for key in (("plain", 0), ("mixed", 0), ("plain", 1))}
-    assert not torch.equal(weights["plain", 0], weights["mixed", 0])
+    assert not np.array_equal(weights["plain", 0], weights["mixed", 0])
     # The same initial weights for both arms, so they are still close; another seed is nowhere near.
-    between_arms = (weights["plain", 0] - weights["mixed", 0]).abs().max()
-    between_seeds = (weights["plain", 0] - weights["plain", 1]).abs().max()
+    between_arms = np.abs(weights["plain", 0] - weights["mixed", 0]).max()
+    between_seeds = np.abs(weights["plain", 0] - weights["plain", 1]).max()
     assert between_arms < 10 * PEAK_RATE < between_seeds
 
 
 def test_weights_come_back_ready_for_a_model_of_the_arm(outcome):
     model = VisionReader(MoonViT3DConfig.lite(**TINY))
-    model.load_state_dict(outcome.weights["plain", 1])
-    assert all(tensor.device.type == "cpu" for tensor in outcome.weights["plain", 1].values())
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in outcome.weights["plain", 1].items()})
 
 
 def test_no_row_depends_on_the_number_of_workers(outcome, continued):
@@ -119,9 +119,9 @@ def test_no_row_depends_on_the_number_of_workers(outcome, continued):
 def test_an_arm_starts_from_the_given_weights_of_its_own_seed(outcome, continued):
     ended, start, elsewhere = continued.weights["one step", 1], outcome.weights["plain", 1], outcome.weights["plain", 0]
     # The first step of AdamW moves a weight by the learning rate at most, besides its decay.
-    bound = {name: PEAK_RATE * (1.001 + WEIGHT_DECAY * tensor.abs()) for name, tensor in start.items()}
-    assert all(((ended[name] - start[name]).abs() <= bound[name]).all() for name in start)
-    assert not all(((ended[name] - elsewhere[name]).abs() <= bound[name]).all() for name in start)
+    bound = {name: PEAK_RATE * (1.001 + WEIGHT_DECAY * np.abs(array)) for name, array in start.items()}
+    assert all((np.abs(ended[name] - start[name]) <= bound[name]).all() for name in start)
+    assert not all((np.abs(ended[name] - elsewhere[name]) <= bound[name]).all() for name in start)
 
 
 def test_a_missing_start_is_a_value_error_that_names_both_arms():
