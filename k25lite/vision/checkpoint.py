@@ -26,18 +26,15 @@ from safetensors import SafetensorError, safe_open
 
 State = dict[str, torch.Tensor]
 
-# (published name, transformers' name), applied in this order: norm0 -> norm1 has to come after norm1 -> norm2.
-_TOWER_NAMES = [
-    (r"\.norm1\.", ".norm2."),
-    (r"\.norm0\.", ".norm1."),
-    (r"\.mlp\.fc1\.", ".mlp.fc2."),
-    (r"\.mlp\.fc0\.", ".mlp.fc1."),
-    (r"\.wqkv\.", ".attn.qkv."),
-    (r"\.wo\.", ".attn.proj."),
-    (r"^encoder\.blocks\.", "layers."),
-    (r"^encoder\.", ""),
-    (r"pos_emb\.weight$", "pos_emb.position_embeddings"),
-]
+# Published name -> ours, inside a block of the tower.
+_BLOCK_NAMES = {
+    "norm0": "norm1",
+    "norm1": "norm2",
+    "mlp.fc0": "mlp.fc1",
+    "mlp.fc1": "mlp.fc2",
+    "wqkv": "attn.qkv",
+    "wo": "attn.proj",
+}
 _PROJECTOR_NAMES = {"proj.0": "in_proj", "proj.2": "out_proj"}
 
 
@@ -111,8 +108,8 @@ def from_published(state: Mapping[str, torch.Tensor]) -> State:
     """Tower tensors under their published names (without `vision_tower.`) in our layout: new names, same numbers."""
     result: State = {}
     for name, tensor in state.items():
-        for published, ours in _TOWER_NAMES:
-            name = re.sub(published, ours, name)
+        name = _rename(re.sub(r"^encoder\.", "", name).replace("blocks.", "layers."), _BLOCK_NAMES)
+        name = name.replace("pos_emb.weight", "pos_emb.position_embeddings")
         # Published towers also store the fixed temporal table; here it is computed.
         if not name.endswith("time_weight"):
             result[name] = tensor
@@ -123,26 +120,22 @@ def to_published(tower: Mapping[str, torch.Tensor], projector: Mapping[str, torc
     """Our tower and projector under the names of the published Kimi repositories."""
     result: State = {}
     for name, tensor in tower.items():
+        name = _rename(name, {ours: published for published, ours in _BLOCK_NAMES.items()})
         name = re.sub(r"^(layers\.|final_layernorm\.)", r"encoder.\1", name).replace(
             "encoder.layers.", "encoder.blocks."
         )
-        for published, ours in (
-            ("norm0", "norm1"),
-            ("norm1", "norm2"),
-            ("mlp.fc0", "mlp.fc1"),
-            ("mlp.fc1", "mlp.fc2"),
-            ("wqkv", "attn.qkv"),
-            ("wo", "attn.proj"),
-        ):
-            if f".{ours}." in name:
-                name = name.replace(f".{ours}.", f".{published}.")
-                break
         result["vision_tower." + name.replace("pos_emb.position_embeddings", "pos_emb.weight")] = tensor
     for name, tensor in (projector or {}).items():
         for published, ours in _PROJECTOR_NAMES.items():
             name = name.replace(ours, published)
         result["mm_projector." + name] = tensor
     return result
+
+
+def _rename(name: str, table: Mapping[str, str]) -> str:
+    """Replace the part between two dots that `table` names, once: norm0 becomes norm1, and does not go on to norm2."""
+    parts = "|".join(map(re.escape, table))
+    return re.sub(rf"\.({parts})\.", lambda match: f".{table[match[1]]}.", name)
 
 
 def _vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
