@@ -92,14 +92,15 @@ def run_arms(
 def _run(arm: Arm, seed: int, device: str, start: Weights | None):
     """One arm with one seed, in a process of its own: its answers, its log, its weights."""
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
+    # Streams of a seed are numbered, so that no two of its training sets, nor a test set, share a stream. They begin where
+    # no seed was looked at while the learning rate and the sizes were chosen.
+    stream = 1_000 * (seed + 100)
+    torch.manual_seed(stream)
     if arm.starts_from and start is None:
         raise ValueError(f"arm {arm.name!r} starts from {arm.starts_from!r}, which is not among the given weights")
     model = VisionReader(MoonViT3DConfig.lite(**arm.encoder))
     if start is not None:
         model.load_state_dict({name: torch.from_numpy(array) for name, array in start.items()})
-    # Streams of a seed are numbered, so that no two of its training sets, nor a test set, share a stream.
-    stream = 1_000 * (seed + 1)
     data = [e for i, (spec, n) in enumerate(arm.data) for e in make_examples(spec, n, stream + i, arm.stride)]
     log = train(model, data, seed=seed, device=device, progress=False)
     answers = [
