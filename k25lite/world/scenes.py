@@ -168,12 +168,12 @@ def _paste(frame: np.ndarray, cell: int, concept: str, colour: str | None, row: 
     top, left = CELL * (cell // 2) + row, CELL * (cell % 2) + column
     window = frame[top : top + GLYPH, left : left + GLYPH]
     paint = np.array(COLOURS[colour] if colour else (255, 255, 255), np.float32)
-    mask = _glyph(concept)[..., None]
+    mask = glyph(concept)[..., None]
     window += mask * (paint - window)
 
 
 @cache
-def _glyph(concept: str) -> np.ndarray:
+def glyph(concept: str) -> np.ndarray:
     """[8, 8] coverage of a shape or digit in [0, 1], drawn large and averaged down."""
     scale = 8
     side = GLYPH * scale

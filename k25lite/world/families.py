@@ -1,0 +1,298 @@
+"""The families of questions, their training documents and their held-out tests.
+
+Text and pictures speak of the same things in the same words: a picture stands where a name, a list of things, or a string
+would stand in a sentence. Each family holds out what its tests ask:
+
+- *vision_knowledge*: a picture of an entity in a sentence that was completed for its name only, never for its picture.
+- *vision_reasoning*: count, compare, locate on boards that no training document shows.
+- *ocr*: printed strings that no training document shows. *handwriting*: digits written on other pieces of paper.
+- *video*: which way a thing moves, what it is and its colour, on boards that no training document shows.
+- *text_knowledge*: a question about a fact that was stated, but never asked for.
+- *text_reasoning*: sums, boards told as lists, chains to follow. *code*: the value of a Python expression. Other ones.
+
+Simplified: the language is a few hundred fixed phrases, and a question has one answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+from typing import ClassVar, TypeVar
+from zlib import crc32
+
+import numpy as np
+
+from k25lite.world.entities import RELATIONS, entity_names, make_entities
+from k25lite.world.pictures import draw_board, draw_entity, draw_handwriting, draw_string
+from k25lite.world.scenes import CELL, CELLS, COLOURS, DIRECTIONS, GLYPH, SHAPES, Thing
+
+TEXT_FAMILIES = ("text_knowledge", "text_reasoning", "code")
+VISION_FAMILIES = ("vision_knowledge", "vision_reasoning", "ocr")
+EXTRA_FAMILIES = ("handwriting", "video")  # learnt and measured too, but no column of Table 1
+FAMILIES = VISION_FAMILIES + TEXT_FAMILIES + EXTRA_FAMILIES
+
+CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # without those that look alike: 0 and O, 1 and I
+LENGTHS = (2, 5)  # of printed strings
+PICTURED, UNPICTURED = 48, 400  # entities
+CHAIN = entity_names(PICTURED + UNPICTURED + 12)[-12:]  # names without facts, to point at each other
+Turn = tuple[str, str]  # (prompt, answer)
+T = TypeVar("T")
+# Of the pictures that the ViT stage captions.
+CAPTION_MIX = {"vision_knowledge": 0.2, "vision_reasoning": 0.2, "ocr": 0.35, "handwriting": 0.1, "video": 0.15}
+TEST_SHARE = 8  # one content in so many is for tests
+
+
+@dataclass(frozen=True)
+class Document:
+    """Something to learn from or, with one turn, to be tested on.
+
+    Attributes:
+        kind: what is asked, finer than the family.
+        turns: (prompt, answer), one after another; `<image>` and `<video>` mark where the media go.
+        media: pictures and chunks in order, each [t, h, w, 3] uint8.
+        apart: the turns do not see each other, as if they were documents; so it is with the captions of one picture.
+    """
+
+    family: str
+    kind: str
+    turns: tuple[Turn, ...]
+    media: tuple[np.ndarray, ...] = ()
+    apart: bool = False
+
+    @property
+    def text(self) -> str:
+        end = " <eos>" if self.apart else " ."
+        return " ".join(f"{prompt} {answer}{end}" for prompt, answer in self.turns)
+
+
+def is_held_out(content: str) -> bool:
+    """Whether a content belongs to the tests; by checksum, so that it does on every platform and in every world."""
+    return crc32(content.encode()) % TEST_SHARE == 0
+
+
+class LiteWorld:
+    """One world: its entities, and documents without end.
+
+    Args:
+        seed: of the entities. Documents draw from the `random` they are given.
+        pictured, unpictured: how many entities have a picture, and how many are known from text alone.
+    """
+
+    def __init__(self, seed: int, pictured: int = PICTURED, unpictured: int = UNPICTURED):
+        self.entities = make_entities(seed, pictured, unpictured)
+        self.pictured = self.entities[:pictured]
+
+    def document(self, family: str, random: Random) -> Document:
+        """A training document of a family."""
+        return self._makers[family](self, random, False)
+
+    def question(self, family: str, random: Random) -> Document:
+        """A test question of a family, its content held out from every training document."""
+        return self._makers[family](self, random, True)
+
+    def captions(self, random: Random) -> Document:
+        """A picture or clip with a caption of each of its regions: what the ViT stage learns from.
+
+        A region is an object, as with grounding boxes, or a whole line of print.
+        """
+        family = random.choices(list(CAPTION_MIX), weights=list(CAPTION_MIX.values()))[0]
+        if family in ("vision_reasoning", "video"):
+            moving = family == "video"
+            things = _board(random, False, moving)
+            words = [_word(thing) + (f" moves {thing.motion}" if moving and thing else "") for thing in things]
+            picture = draw_board(things, 2, random, frames=4 if moving else 1)
+            return Document("captions", family, tuple(("<media>", word) for word in words), (picture,), apart=True)
+        document = self.document(family, random)
+        if family == "vision_knowledge":
+            entity = random.choice(self.pictured)
+            return Document(
+                "captions", family, (("<media>", entity.name),), (draw_entity(entity, random)[None],), apart=True
+            )
+        return Document("captions", family, (("<image>", document.turns[0][1]),), document.media, apart=True)
+
+    def _text_knowledge(self, random: Random, test: bool) -> Document:
+        entity = random.choice(self.entities)
+        if not test and random.random() < 0.75:
+            facts = [(RELATIONS[r][0].format(entity.name), entity.facts[r]) for r in RELATIONS]
+            return Document("text_knowledge", "stated", tuple(random.sample(facts, 2)))
+        relation = random.choice(entity.held_out(entity.told) if test else entity.told)
+        asked = RELATIONS[relation][1]
+        turn = (asked.format(entity.name), entity.facts[relation])
+        return Document("text_knowledge", relation, (turn,))
+
+    def _vision_knowledge(self, random: Random, test: bool) -> Document:
+        entity = random.choice(self.pictured)
+        picture = (draw_entity(entity, random)[None],)
+        if test:
+            relation = random.choice(entity.held_out(entity.shown))
+            turn = (RELATIONS[relation][0].format("<image>"), entity.facts[relation])
+            return Document("vision_knowledge", relation, (turn,), picture)
+        if random.random() < 0.5:
+            return Document("vision_knowledge", "name", (("<image> is", entity.name),), picture)
+        relation = random.choice(entity.shown)
+        turn = (RELATIONS[relation][0].format("<image>"), entity.facts[relation])
+        return Document("vision_knowledge", relation, (turn,), picture)
+
+    def _vision_reasoning(self, random: Random, test: bool) -> Document:
+        things = _board(random, test)
+        picture = (draw_board(things, 2, random),)
+        turns = _about_board("<image>", things, random, 1 if test else 3)
+        return Document("vision_reasoning", turns[0][0], tuple(turn for _, turn in turns), picture)
+
+    def _ocr(self, random: Random, test: bool) -> Document:
+        text = _draw(lambda: "".join(random.choice(CHARACTERS) for _ in range(random.randint(*LENGTHS))), test)
+        return Document(
+            "ocr", f"{len(text)} characters", (("<image> reads", text),), (draw_string(text, random)[None],)
+        )
+
+    def _handwriting(self, random: Random, test: bool) -> Document:
+        length = random.randint(1, 3)
+        number, picture = draw_handwriting(length, random, test=test)
+        return Document("handwriting", f"{length} digits", (("<image> reads", number),), (picture[None],))
+
+    def _video(self, random: Random, test: bool) -> Document:
+        things = _board(random, test, moving=True)
+        cells = [cell for cell, thing in enumerate(things) if thing]
+        turns: list[Turn] = []
+        kinds = []
+        for cell in random.sample(cells, 1 if test else min(3, len(cells))):
+            thing = things[cell]
+            assert thing
+            kind = random.choice(("moves", "moves", "is"))
+            opening = "" if turns else "<video> "
+            turns.append((f"{opening}{CELLS[cell]} {kind}", thing.motion if kind == "moves" else _word(thing)))
+            kinds.append(kind)
+        return Document("video", kinds[0], tuple(turns), (draw_board(things, 2, random, frames=4),))
+
+    def _text_reasoning(self, random: Random, test: bool) -> Document:
+        kind = random.choice(("sum", "list", "chain"))
+        if kind == "sum":
+            sum_ = _draw(lambda: f"{random.randrange(100)} + {random.randrange(100)}", test)
+            value = sum(int(term) for term in sum_.split(" + "))
+            return Document("text_reasoning", kind, ((f"{sum_} =", str(value)),))
+        if kind == "list":
+            things = _board(random, test)
+            told = " ".join(_word(thing) for thing in things)
+            turns = _about_board(f"[ {told} ]", things, random, 1 if test else 3)
+            return Document("text_reasoning", f"list: {turns[0][0]}", tuple(turn for _, turn in turns))
+        names = _draw(lambda: random.sample(CHAIN, 5), test)
+        links = list(pairwise(names))
+        hops = random.choice((1, 2))
+        start = random.randrange(len(names) - hops)
+        told = " , ".join(f"{a} to {b}" for a, b in random.sample(links, len(links)))
+        asked = f"{told} ; {names[start]} {'twice ' if hops == 2 else ''}to"
+        return Document("text_reasoning", f"chain of {hops}", ((asked, names[start + hops]),))
+
+    def _code(self, random: Random, test: bool) -> Document:
+        kind, expression = _draw(lambda: _expression(random), test)
+        value = str(eval(expression, {"__builtins__": {}}, CODE_NAMES))
+        return Document("code", kind, ((f"{expression} ->", value),))
+
+    _makers: ClassVar[dict[str, Callable[[LiteWorld, Random, bool], Document]]] = {
+        "vision_knowledge": _vision_knowledge,
+        "vision_reasoning": _vision_reasoning,
+        "ocr": _ocr,
+        "text_knowledge": _text_knowledge,
+        "text_reasoning": _text_reasoning,
+        "code": _code,
+        "handwriting": _handwriting,
+        "video": _video,
+    }
+
+
+CODE_NAMES = {"max": max, "min": min, "len": len, "sum": sum, "sorted": sorted, "abs": abs}
+
+
+def _expression(random: Random) -> tuple[str, str]:
+    """The kind of a small Python expression, and the expression with a space between its tokens."""
+    kind = random.choice(("reduce", "reduce", "index", "sort", "arithmetic", "string"))
+    digits = [str(random.randrange(10)) for _ in range(random.randint(2, 4))]
+    listed = f"[ {' , '.join(digits)} ]"
+    a, b, c = (random.randrange(1, 10) for _ in range(3))
+    word = "".join(random.choice(CHARACTERS[:8]) for _ in range(random.randint(3, 5)))
+    forms = {
+        "reduce": [f"{name} ( {listed} )" for name in ("max", "min", "len", "sum")],
+        "index": [f"{listed} [ {sign}{random.randrange(1, len(digits))} ]" for sign in ("", "- ")],
+        "sort": [f"sorted ( {listed} ) [ {random.randrange(len(digits))} ]"],
+        "arithmetic": [f"{a} + {b} * {c}", f"( {a} + {b} ) * {c}", f"{a} * {b} - {c}", f"abs ( {a} - {b} ) + {c}"],
+        "string": [f"' {word} ' [ {random.randrange(1, len(word))} ]", f"len ( ' {word} ' )"],
+    }
+    return kind, random.choice(forms[kind])
+
+
+def _draw(make: Callable[[], T], test: bool) -> T:
+    """Draw until the content is one for tests, or one for training."""
+    while is_held_out(str(content := make())) is not test:
+        pass
+    return content
+
+
+def _board(random: Random, test: bool, moving: bool = False) -> list[Thing | None]:
+    """Four cells, each empty with probability 1/5. Held out is the list of what stands where, whatever moves how."""
+
+    def draw() -> list[str]:
+        return [_none(random) or f"{random.choice(list(COLOURS))}-{random.choice(SHAPES)}" for _ in CELLS]
+
+    words = _draw(draw, test)
+    while set(words) == {"none"}:
+        words = _draw(draw, test)
+    things: list[Thing | None] = []
+    for word in words:
+        start = (random.randrange(CELL - GLYPH + 1), random.randrange(CELL - GLYPH + 1))
+        motion = random.choice(list(DIRECTIONS)) if moving else "still"
+        colour, _, shape = word.partition("-")
+        things.append(None if word == "none" else Thing(shape, colour, motion, start))
+    return things
+
+
+def _none(random: Random) -> str:
+    return "none" if random.random() < 0.2 else ""
+
+
+def _word(thing: Thing | None) -> str:
+    """A thing as one word, as it is one vision token."""
+    return f"{thing.colour}-{thing.concept}" if thing else "none"
+
+
+def _about_board(board: str, things: list[Thing | None], random: Random, count: int) -> list[tuple[str, Turn]]:
+    """`count` different turns about a board, each with its kind; the first one opens with the board."""
+    present = [thing for thing in things if thing]
+    words = [_word(thing) for thing in things]
+    unique = [word for word in dict.fromkeys(words) if words.count(word) == 1 and word != "none"]
+    asked: dict[str, tuple[str, str]] = {}
+    while len(asked) < count:
+        kind = random.choice(("count", "compare", "locate", "is") if unique else ("count", "compare", "is"))
+        if kind == "count":
+            word = random.choice([*COLOURS, *SHAPES])
+            asked[f"how many {word} ?"] = kind, str(_count(word, present))
+        elif kind == "compare":
+            a, b = random.sample(list(random.choice((tuple(COLOURS), SHAPES))), 2)
+            more = _count(a, present) - _count(b, present)
+            asked[f"more {a} or {b} ?"] = kind, "same" if more == 0 else a if more > 0 else b
+        elif kind == "locate":
+            word = random.choice(unique)
+            asked[f"where is {word} ?"] = kind, CELLS[words.index(word)]
+        else:
+            cell = random.randrange(len(CELLS))
+            asked[f"what is {CELLS[cell]} ?"] = kind, words[cell]
+    prompts = [f"{board} {prompt}" if index == 0 else prompt for index, prompt in enumerate(asked)]
+    return [(kind, (prompt, answer)) for prompt, (kind, answer) in zip(prompts, asked.values(), strict=True)]
+
+
+def _count(word: str, things: list[Thing]) -> int:
+    return sum(word in (thing.colour, thing.concept) for thing in things)
+
+
+def vocabulary() -> list[str]:
+    """Every word the world is told in, in a fixed order."""
+    words: dict[str, None] = dict.fromkeys("0123456789" + CHARACTERS[:24] + ".,:;?+-*=<>()[]'")
+    phrases = [text for stated, asked, _ in RELATIONS.values() for text in (stated, asked)]
+    phrases += ["<image> is reads moves to twice", "how many more or same where what none ->", " ".join(CODE_NAMES)]
+    words |= dict.fromkeys(word for phrase in phrases for word in phrase.split() if word.isalpha())
+    words |= dict.fromkeys(value for _, _, values in RELATIONS.values() for value in values)
+    words |= dict.fromkeys([*COLOURS, *SHAPES, *DIRECTIONS, *CELLS])
+    words |= dict.fromkeys(f"{colour}-{shape}" for colour in COLOURS for shape in SHAPES)
+    words |= dict.fromkeys(entity_names(PICTURED + UNPICTURED + 12))
+    return list(words)
