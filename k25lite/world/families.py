@@ -104,13 +104,15 @@ class LiteWorld:
             words = [_word(thing) + (f" moves {thing.motion}" if moving and thing else "") for thing in things]
             picture = draw_board(things, 2, random, frames=4 if moving else 1)
             return Document("captions", family, tuple(("<media>", word) for word in words), (picture,), apart=True)
-        document = self.document(family, random)
         if family == "vision_knowledge":
             entity = random.choice(self.pictured)
-            return Document(
-                "captions", family, (("<media>", entity.name),), (draw_entity(entity, random)[None],), apart=True
-            )
-        return Document("captions", family, (("<image>", document.turns[0][1]),), document.media, apart=True)
+            word, picture = entity.name, draw_entity(entity, random)
+        elif family == "handwriting":
+            word, picture = draw_handwriting(random.randint(1, 3), random)
+        else:  # short prints too, single letters among them: from long ones alone, reading sets in late
+            word = _string(random, (1, LENGTHS[1]), False)
+            picture = draw_string(word, random)
+        return Document("captions", family, (("<image>", word),), (picture[None],), apart=True)
 
     def _text_knowledge(self, random: Random, test: bool) -> Document:
         entity = random.choice(self.entities)
@@ -142,7 +144,7 @@ class LiteWorld:
         return Document("vision_reasoning", turns[0][0], tuple(turn for _, turn in turns), picture)
 
     def _ocr(self, random: Random, test: bool) -> Document:
-        text = _draw(lambda: "".join(random.choice(CHARACTERS) for _ in range(random.randint(*LENGTHS))), test)
+        text = _string(random, LENGTHS, test)
         return Document(
             "ocr", f"{len(text)} characters", (("<image> reads", text),), (draw_string(text, random)[None],)
         )
@@ -217,7 +219,7 @@ def _expression(random: Random) -> tuple[str, str]:
         "index": [f"{listed} [ {sign}{random.randrange(1, len(digits))} ]" for sign in ("", "- ")],
         "sort": [f"sorted ( {listed} ) [ {random.randrange(len(digits))} ]"],
         "arithmetic": [f"{a} + {b} * {c}", f"( {a} + {b} ) * {c}", f"{a} * {b} - {c}", f"abs ( {a} - {b} ) + {c}"],
-        "string": [f"' {word} ' [ {random.randrange(1, len(word))} ]", f"len ( ' {word} ' )"],
+        "string": [f"'{word}' [ {random.randrange(len(word))} ]", f"len ( '{word}' )"],
     }
     return kind, random.choice(forms[kind])
 
@@ -245,6 +247,14 @@ def _board(random: Random, test: bool, moving: bool = False) -> list[Thing | Non
         colour, _, shape = word.partition("-")
         things.append(None if word == "none" else Thing(shape, colour, motion, start))
     return things
+
+
+def _string(random: Random, lengths: tuple[int, int], test: bool) -> str:
+    """A string to print; those of one character are for training, whatever their checksum."""
+    length = random.randint(*lengths)
+    if length == 1:
+        return random.choice(CHARACTERS)
+    return _draw(lambda: "".join(random.choice(CHARACTERS) for _ in range(length)), test)
 
 
 def _none(random: Random) -> str:

@@ -1,0 +1,165 @@
+"""The two pre-training stages on the Lite World: the ViT stage, then joint text-vision training, both cached.
+
+Source: Kimi K2.5 report, section 2.1, Tables 1 and 3. The ViT stage trains the encoder by the cross-entropy of captions,
+through a small language model that is then thrown away. The joint stage begins with that encoder and a fresh language model
+and projector, and trains all of them. Simplified here: a million tokens, and no long-context stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from k25lite.model import K25Lite, K25LiteConfig
+from k25lite.processing import build_tokenizer
+from k25lite.training.cache import cached
+from k25lite.training.evaluation import ask_all, scores
+from k25lite.training.loop import Recipe, train
+from k25lite.training.pool import side_by_side
+from k25lite.training.schedules import LearningRate, Mix, plan
+from k25lite.vision import MoonViT3D, MoonViT3DConfig
+from k25lite.world.families import FAMILIES, LiteWorld, vocabulary
+from k25lite.world.streams import TEXT_MIX, VISION_MIX, Row, captions, documents, make_rows
+
+CONTEXT = 64  # tokens of a row
+ROWS_PER_STEP = 10
+# Seeds of worlds begin where none was looked at while sizes and rates were chosen.
+FIRST_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much each stage consumes, in rows of 64 tokens, and how many questions each family is tested with."""
+
+    caption_rows: int
+    rows: int
+    questions: int
+    curve_questions: int
+
+
+BUDGETS = {
+    "smoke": Budget(caption_rows=40, rows=200, questions=16, curve_questions=8),
+    "lite": Budget(caption_rows=5_000, rows=12_000, questions=400, curve_questions=100),
+    "full": Budget(caption_rows=5_000, rows=12_000, questions=400, curve_questions=100),
+}
+
+
+@dataclass(frozen=True)
+class JointRun:
+    """One run of joint training: everything its outcome depends on.
+
+    Args:
+        name: in figures; it changes nothing else.
+        mix: when vision comes in, and how much; None trains on the text rows of `vision_share` alone.
+        after: rows per step once vision has been injected, if not as many as before.
+        vision_share: of all rows, the budget.
+    """
+
+    name: str
+    seed: int
+    budget: Budget
+    mix: Mix | None
+    vision_share: float = 0.1
+    after: int | None = None
+    recipe: Recipe = field(default_factory=lambda: Recipe(LearningRate(2e-3)))
+    moe: bool = False
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer(vocabulary())
+
+
+def vit_stage(seed: int, budget: Budget, progress: bool = False) -> Path:
+    """The folder of an encoder trained on captions alone; its history beside it."""
+
+    def build(folder: Path) -> None:
+        torch.manual_seed(FIRST_SEED + seed)
+        config = K25LiteConfig.lite(
+            len(tokenizer()), moe=False, num_hidden_layers=2, vision_config=MoonViT3DConfig.lite(num_hidden_layers=2)
+        )
+        model = K25Lite(config)
+        world = LiteWorld(FIRST_SEED + seed)
+        rows = make_rows(captions(world, seed), budget.caption_rows, CONTEXT, tokenizer())
+        steps = plan(None, len(rows), 0, ROWS_PER_STEP)
+        train(model, steps, {"text": rows}, Recipe(LearningRate(2e-3)), progress=progress).save(folder)
+        model.vision_tower.save_pretrained(folder)
+
+    return cached("vit", {"seed": seed, "caption_rows": budget.caption_rows}, build)
+
+
+def joint_stage(run: JointRun) -> Path:
+    """The folder of a jointly trained model: `K25Lite`, history, final scores."""
+
+    def build(folder: Path) -> None:
+        torch.manual_seed(FIRST_SEED + run.seed)
+        model = K25Lite(K25LiteConfig.lite(len(tokenizer()), moe=run.moe, vision_config=encoder.config))
+        model.vision_tower.load_state_dict(encoder.state_dict())
+        rows = streams(run.seed, run.budget, run.vision_share)
+        text, vision = len(rows["text"]), len(rows["vision"])
+        steps = plan(run.mix, text, vision, ROWS_PER_STEP, run.after)
+        world = LiteWorld(FIRST_SEED + run.seed)
+        curve = ask_all(world, FAMILIES, run.budget.curve_questions, tokenizer(), run.seed)
+        history = train(
+            model,
+            steps,
+            rows,
+            run.recipe,
+            evaluate=lambda model: scores(model, curve),
+            evaluate_at=evaluation_steps(run, len(steps), text + vision),
+            progress=False,
+        )
+        history.save(folder)
+        final = ask_all(world, FAMILIES, run.budget.questions, tokenizer(), FIRST_SEED + run.seed)
+        blank = {family: asked.without_sight() for family, asked in final.items() if asked.documents[0].media}
+        answered = [scores(model, final).assign(sight=True), scores(model, blank).assign(sight=False)]
+        pd.concat(answered).to_json(folder / "final.json", orient="records")
+        model.save_pretrained(folder)
+
+    encoder = MoonViT3D.from_pretrained(vit_stage(run.seed, run.budget))
+    return cached("joint", {name: value for name, value in asdict(run).items() if name != "name"}, build)
+
+
+def evaluation_steps(run: JointRun, steps: int, rows: int) -> list[int]:
+    """Every tenth of training; and, where vision comes in later, closely around it, or the dip would be missed."""
+    points = {round(tenth * steps / 10) for tenth in range(11)}
+    if run.mix is not None and run.mix.injection > 0:
+        injection = round(run.mix.injection * rows / ROWS_PER_STEP)
+        points |= {injection + after for after in (0, 2, 4, 7, 10, 15, 20, 30, 50, 80)}
+    return sorted(point for point in points if point <= steps)
+
+
+@lru_cache(maxsize=2)
+def streams(seed: int, budget: Budget, vision_share: float) -> dict[str, list[Row]]:
+    """The fixed text and vision rows of a seed."""
+    vision = round(budget.rows * vision_share)
+    world = LiteWorld(FIRST_SEED + seed)
+    return {
+        name: make_rows(documents(world, mix, seed), count, CONTEXT, tokenizer())
+        for name, mix, count in (("text", TEXT_MIX, budget.rows - vision), ("vision", VISION_MIX, vision))
+    }
+
+
+def run_all(runs: Sequence[JointRun], workers: int | None = None) -> dict[str, pd.DataFrame]:
+    """Every run, side by side, or from the cache: log, scores and final, each with columns name and seed.
+
+    The encoders come first, one for each seed, because all runs of a seed begin with the same.
+    """
+    encoders = list(dict.fromkeys((run.seed, run.budget) for run in runs))
+    side_by_side(_vit, encoders, workers=workers, title="ViT stage")
+    folders = side_by_side(joint_stage, runs, workers=workers, title="joint training")
+    frames: dict[str, list[pd.DataFrame]] = {"log": [], "scores": [], "final": []}
+    for run, folder in zip(runs, folders, strict=True):
+        for name, found in frames.items():
+            frame = pd.read_json(folder / f"{name}.json", precise_float=True)
+            found.append(frame.assign(name=run.name, seed=run.seed))
+    return {name: pd.concat(found, ignore_index=True) for name, found in frames.items()}
+
+
+def _vit(job: tuple[int, Budget]) -> Path:
+    return vit_stage(*job)

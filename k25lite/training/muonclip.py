@@ -1,0 +1,320 @@
+"""MuonClip: Muon for the hidden matrices, AdamW for the rest, and QK-Clip, which bounds the attention logits.
+
+Source: Kimi K2 report (arXiv 2507.20534, section 2.1); every stage of K2.5 trains with it. Simplified here: each process
+holds whole matrices (one device or data parallel, no sharded parameters). Not covered: the vision encoder's attention is
+never clipped, nor is attention that normalises its queries and keys, whose logits are bounded as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Muon's quintic: steepest at zero, singular values end up within 0.7 to 1.2
+UPDATE_RMS = 0.2  # that of AdamW's updates in practice (K2 report): one learning rate then serves both
+# Projections that one matrix holds one below the other: each is orthogonalised by itself, as if it were stored apart.
+FUSED = {"qkv": 3, "gate_up_proj": 2}
+ATTENTION = "sdpa_max_logits"
+# Logits held at once while their maxima are sought: about a CPU core's second-level cache; enough work for a GPU.
+CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**25}
+
+
+class MuonClip(torch.optim.Optimizer):
+    """One optimiser for a whole vision-language model, with torch's interface (schedulers, accelerate, exact resume).
+
+    The largest attention logits are recorded in every forward pass with gradients since the last step, so micro-batches
+    that accumulate count together, and so do processes. For that the language model's attention is switched from "sdpa"
+    to "sdpa_max_logits", which computes the same; the switch is not saved with the model.
+
+    Args:
+        model: its trainable parameters, as they are now; `split_parameters` says who gets which rule.
+        lr: for both rules: a matrix is updated by 0.2 * sqrt(max(rows, columns)) of an orthogonal one.
+        weight_decay: decoupled, for everything with two or more dimensions.
+        momentum, ns_steps: of Muon (Nesterov momentum, Newton-Schulz iterations).
+        betas, eps: of AdamW.
+        qk_clip_threshold: the largest attention logit left alone (the report's tau); None switches QK-Clip off.
+        qk_clip_every: record and clip at every n-th step only, for less overhead.
+        ns_dtype: of the Newton-Schulz iterations; by default bfloat16 where the hardware multiplies it, else float32.
+
+    Raises:
+        ValueError: a hyperparameter is out of range; or QK-Clip is on, and the model has no trainable attention it can
+            clip, or one whose implementation is not "sdpa".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        weight_decay: float = 0.1,
+        *,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        qk_clip_threshold: float | None = 100.0,
+        qk_clip_every: int = 1,
+        ns_dtype: torch.dtype | None = None,
+    ):
+        if not 0 <= momentum < 1 or ns_steps < 1:
+            raise ValueError(f"momentum must be in [0, 1) and ns_steps positive, got {momentum} and {ns_steps}")
+        hidden, others = split_parameters(model)
+        tables = {"params": [p for p in others.values() if p.ndim > 1]}
+        vectors = {"params": [p for p in others.values() if p.ndim <= 1], "weight_decay": 0.0}
+        groups: list[dict[str, Any]] = [tables, vectors]
+        self._adamw = torch.optim.AdamW(groups, lr, betas, eps, weight_decay, fused=True)
+        muon = {"params": list(hidden.values()), "pieces": [pieces(name) for name in hidden], "steps": 0}
+        muon |= {"momentum": momentum, "ns_steps": ns_steps}
+        super().__init__([muon, *self._adamw.param_groups], {"lr": lr, "weight_decay": weight_decay})
+        self.ns_dtype = ns_dtype
+        self.qk_clip = None if qk_clip_threshold is None else QKClip(model, qk_clip_threshold, qk_clip_every)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update the parameters that have a gradient, then clip the heads whose logits went over the threshold."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        muon, *rest = self.param_groups
+        self._muon_step(muon)
+        # torch's own AdamW on this optimiser's groups and state, which load_state_dict replaces by new objects.
+        self._adamw.param_groups, self._adamw.state = rest, self.state
+        self._adamw.step()
+        if self.qk_clip is not None:
+            self.qk_clip.step(muon["steps"])
+        muon["steps"] += 1
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.qk_clip is not None:
+            self.qk_clip.record(self.param_groups[0]["steps"])
+
+    def metrics(self) -> dict[str, float]:
+        """For logging: see `QKClip.metrics`; empty without it."""
+        return {} if self.qk_clip is None else self.qk_clip.metrics()
+
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        # Matrices of one size, lying or standing, go through the iterations together: small ones alone waste the hardware.
+        stacks: dict[tuple, list[tuple[nn.Parameter, bool, torch.Tensor]]] = defaultdict(list)
+        for p, n in zip(group["params"], group["pieces"], strict=True):
+            if p.grad is None:
+                continue
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(momentum, group["momentum"])
+            matrices = update.reshape(-1, p.shape[-2] // n, p.shape[-1])  # (experts pieces) rows columns
+            stands = matrices.shape[1] > matrices.shape[2]
+            matrices = matrices.mT if stands else matrices
+            stacks[p.device, p.dtype, *matrices.shape[1:]].append((p, stands, matrices))
+        for (device, _, _, longest), stack in stacks.items():
+            together = torch.cat([matrices for _, _, matrices in stack])
+            updates = newton_schulz(together, group["ns_steps"], self.ns_dtype or fast_dtype(device))
+            scale = UPDATE_RMS * math.sqrt(longest)
+            for (p, stands, _), part in zip(stack, updates.split([len(m) for _, _, m in stack]), strict=True):
+                part = (part.mT if stands else part).reshape(p.shape)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part, alpha=-group["lr"] * scale)
+
+
+def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """(by Muon, by AdamW): name -> trainable parameter, each in exactly one of them, a tied one once.
+
+    Muon gets the weights of linear layers and the stacked experts of transformers, [experts, out, in]. AdamW gets all
+    else: embeddings, the output head (tied, or named "lm_head"), norms, biases, the patch convolution, the position grid,
+    and the router. Its rows, like a head's, score classes of which a token concerns few; Muon would move all equally far.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    hidden = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head" and min(module.weight.shape) > 1:
+            hidden.add(id(module.weight))
+        experts = getattr(module, "num_experts", None)
+        hidden.update(id(p) for p in module.parameters(recurse=False) if p.ndim == 3 and len(p) == experts)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = {name: p for name, p in trainable.items() if id(p) in hidden - tables}
+    return muon, {name: p for name, p in trainable.items() if name not in muon}
+
+
+def pieces(name: str) -> int:
+    """How many projections the parameter of this name holds one below the other."""
+    return next((n for part, n in FUSED.items() if part in name.split(".")[-2:]), 1)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, which takes about half the time of float32; else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        found = torch.cpu.get_capabilities()
+        fast = device.type == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def newton_schulz(matrices: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Roughly the nearest semi-orthogonal matrices: the same singular vectors, singular values near one.
+
+    Args:
+        matrices: [n, rows, columns]; rows <= columns costs least.
+
+    Returns:
+        The same shape, in `dtype`; zero where a matrix is zero.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices.to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT  # n rows rows
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class QKClip:
+    """Watch the attention logits of a model, and scale down the heads in which they exceed a threshold.
+
+    It finds the trainable layers of transformers' multi-head latent attention (DeepseekV3), and of attention with separate
+    query and key projections (Llama). `MuonClip` drives it; any other optimiser can: `step(number)` after its own step.
+
+    Attributes:
+        layers: name -> attention module.
+        highest, clipped: [heads of all layers] the maxima at the last recorded step and which were clipped; None before.
+    """
+
+    def __init__(self, model: nn.Module, threshold: float = 100.0, every: int = 1):
+        if threshold <= 0 or every < 1:
+            raise ValueError(f"the threshold and the interval must be positive, got {threshold} and {every}")
+        self.threshold, self.every = threshold, every
+        self.layers: dict[str, Any] = {name: module for name, module in model.named_modules() if can_clip(module)}
+        if not self.layers:
+            raise ValueError("QK-Clip finds no trainable attention it can clip; qk_clip_threshold=None switches it off")
+        for name, module in self.layers.items():
+            if module.config._attn_implementation not in ("sdpa", ATTENTION):
+                raise ValueError(f'QK-Clip needs the attention implementation "sdpa"; {name} has another')
+        for module in self.layers.values():
+            module.config._attn_implementation = ATTENTION
+        self.heads = [module.config.num_attention_heads for module in self.layers.values()]
+        self.highest: torch.Tensor | None = None
+        self.clipped: torch.Tensor | None = None
+        self.record(0)
+
+    def record(self, number: int) -> None:
+        """Forget the maxima so far; from now on record them if they are due at step `number` (from 0)."""
+        for module, heads in zip(self.layers.values(), self.heads, strict=True):
+            module.max_logits = torch.full((heads,), -torch.inf, device=query_projection(module).weight.device)
+            module.record_max_logits = number % self.every == 0
+
+    @torch.no_grad()
+    def step(self, number: int) -> None:
+        """Clip if step `number` was recorded, and prepare for the next. Every process must call it."""
+        if number % self.every == 0:
+            self.highest = torch.cat([module.max_logits for module in self.layers.values()])
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(self.highest, dist.ReduceOp.MAX)
+            # An infinite logit would scale its head to zero. No branch on the outcome: a GPU would have to wait for it.
+            self.clipped = (self.highest > self.threshold) & self.highest.isfinite()
+            gamma = torch.where(self.clipped, self.threshold / self.highest, 1.0)
+            for module, factors in zip(self.layers.values(), gamma.split(self.heads), strict=True):
+                scale_logits(module, factors)
+        self.record(number + 1)
+
+    def metrics(self) -> dict[str, float]:
+        """{"max_logit/<layer>": value, ..., "heads_clipped": count} at the last recorded step; empty before the first."""
+        if self.highest is None or self.clipped is None:
+            return {}
+        parts = zip(self.layers, self.highest.cpu().split(self.heads), strict=True)
+        metrics = {f"max_logit/{name}": part.max().item() for name, part in parts}
+        return metrics | {"heads_clipped": float(self.clipped.sum())}
+
+
+def query_projection(attention: Any) -> nn.Linear:
+    """The linear layer whose output is the queries; a DeepseekV3 may have a bottleneck before it."""
+    return attention.q_proj if getattr(attention, "q_b_proj", None) is None else attention.q_b_proj
+
+
+def can_clip(module: Any) -> bool:
+    """Whether it is a trainable attention layer of transformers, of a kind that `scale_logits` knows."""
+    latent, plain = hasattr(module, "kv_b_proj"), hasattr(module, "k_proj") and not hasattr(module, "q_norm")
+    known = hasattr(module, "q_proj") and hasattr(module, "config") and (latent or plain)
+    return known and query_projection(module).weight.requires_grad
+
+
+def scale_logits(attention: Any, gamma: torch.Tensor) -> None:
+    """Multiply the logits of each head by its factor, gamma [heads], in place, through the query and key weights.
+
+    Latent attention: sqrt(gamma) on either side of the part without position; gamma on the rotary queries, because all
+    heads share the rotary key (K2 report, section 2.1). Grouped queries share their key as well: gamma on the queries.
+    """
+
+    def by_head(parameter: torch.Tensor) -> torch.Tensor:  # heads rows columns, or heads rows 1 for a bias
+        return parameter.view(len(gamma), -1, *parameter.shape[1:] or [1])
+
+    gamma = gamma[:, None, None]
+    query, root = query_projection(attention), gamma.sqrt()
+    if hasattr(attention, "kv_b_proj"):
+        nope = attention.qk_nope_head_dim
+        by_head(query.weight)[:, :nope].mul_(root)
+        by_head(query.weight)[:, nope:].mul_(gamma)
+        by_head(attention.kv_b_proj.weight)[:, :nope].mul_(root)
+        return
+    shared = attention.config.num_key_value_heads < len(gamma)
+    for parameter in query.parameters():
+        by_head(parameter).mul_(gamma if shared else root)
+    for parameter in () if shared else attention.k_proj.parameters():
+        by_head(parameter).mul_(root)
+
+
+@torch.no_grad()
+def max_logits(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float, causal: bool
+) -> torch.Tensor:
+    """The largest logit of each head over all pairs of tokens that attend, a chunk of queries at a time.
+
+    Args:
+        query, key: [batch, heads, length, head_dim]; the key may have fewer heads, each for several of the query's.
+        mask: [batch or 1, heads or 1, queries, keys], True (or 0 if additive) where a query sees a key. A query that does
+            not see itself is padding and does not count. None: `causal` decides.
+
+    Returns:
+        [heads] float32; minus infinity where no pair attends.
+    """
+    batch, heads, length, _ = query.shape
+    key = key.repeat_interleave(heads // key.shape[1], dim=1) if key.shape[1] < heads else key
+    if mask is not None:
+        mask = mask if mask.dtype == torch.bool else mask == 0
+        if mask.shape[-2] == mask.shape[-1]:
+            mask = mask & mask.diagonal(dim1=-2, dim2=-1)[..., None]
+    highest = torch.full((heads,), -torch.inf, device=query.device)
+    rows = max(1, CHUNK_LOGITS.get(query.device.type, 2**20) // (batch * heads * key.shape[2]))
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        logits = query[:, :, start:stop] @ (key[:, :, :stop] if causal else key).mT  # batch heads rows keys
+        # Adding is many times faster on a CPU than filling by a mask that is shared by the heads.
+        if causal:
+            logits += torch.full(logits.shape[-2:], -torch.inf, device=query.device).triu(start + 1)
+        elif mask is not None:
+            logits += torch.where(mask[:, :, start:stop], 0.0, -torch.inf)
+        highest = torch.maximum(highest, logits.amax(dim=(0, 2, 3)))
+    return highest * scaling
+
+
+def sdpa_max_logits(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, **kwargs):
+    """transformers' sdpa attention, which first adds the maxima of its logits to `module.max_logits` if they are due."""
+    if torch.is_grad_enabled() and getattr(module, "record_max_logits", False):
+        causal = module.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
+        causal = causal and attention_mask is None and query.shape[2] > 1  # as sdpa_attention_forward has it
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        highest = max_logits(query, key, attention_mask, scaling, causal)
+        module.max_logits = torch.maximum(module.max_logits.to(query.device), highest)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, sdpa_max_logits)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
