@@ -13,6 +13,8 @@ import os
 import platform
 import statistics
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,6 +69,16 @@ class Report:
         for subject, value in values.items():
             ratio = seconds[subject] / seconds[SUBJECT] if seconds and subject != SUBJECT else None
             self.rows.append(Row(case, subject, metric, value, unit, ratio))
+
+    def add_fractions(self, case: str, flops: Mapping[str, float], seconds: Mapping[str, float], peak: float) -> None:
+        """The fraction each subject reaches of `peak`, the speed of the matrix product that took turns with it.
+
+        Args:
+            flops: floating-point operations that took each its `seconds`. peak: in operations per second.
+        """
+        fractions = {who: flops[who] / each / peak for who, each in seconds.items()}
+        self.add(case, "fraction of matrix peak", "fraction", fractions)
+        self.add(case, "matrix peak", "FLOP/s", {PRODUCT: peak})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write {"device": ..., "rows": [...]} as JSON, whole or not at all; folders are made as needed."""
@@ -165,6 +177,55 @@ def fastest_product(device: torch.device, dtype: torch.dtype, sizes: Sequence[in
     # One at a time: on a GPU the largest three matrices fill gigabytes.
     best = max(sizes, key=lambda size: speed(MatrixProduct(size, device, dtype)))
     return MatrixProduct(best, device, dtype)
+
+
+@dataclass
+class _Kept:
+    """What autograd holds in a saved tensor's place, so that its end can be noticed."""
+
+    tensor: torch.Tensor
+
+
+def peak_activations(call: Callable[[], object], outside: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass, at the moment of `call` when they are most.
+
+    A storage counts once and whole, however many saved tensors view it, from the first that is saved until the last is
+    freed. Gradients and what an operation needs while it runs do not count.
+
+    Args:
+        outside: what is in memory anyway and does not count: parameters, the batch.
+    """
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in outside}
+    saved: Counter[int] = Counter()  # address of a storage -> saved tensors that view it
+    held = peak = 0
+
+    def keep(tensor: torch.Tensor) -> _Kept:
+        nonlocal held, peak
+        kept, storage = _Kept(tensor), tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address not in ignored:
+            held += size if not saved[address] else 0
+            saved[address] += 1
+            peak = max(peak, held)
+            weakref.finalize(kept, free, address, size)
+        return kept
+
+    def free(address: int, size: int) -> None:
+        nonlocal held
+        saved[address] -= 1
+        held -= size if not saved[address] else 0
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        call()
+    return peak
+
+
+def allocated(call: Callable[[], object]) -> int:
+    """Bytes that `call` has allocated on the GPU, at the moment when they are most, beyond what was before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def refuse_difference(case: str, peer: str, what: str, difference: float, tolerance: float) -> None:

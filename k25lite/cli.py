@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +23,14 @@ class Profile(StrEnum):
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Bad input ends in one line on stderr and exit code 2, not in a traceback."""
+def one_line_errors(*failures: type[Exception]) -> Iterator[None]:
+    """Bad input ends in one line on stderr and exit code 2, and `failures` in one with exit code 1; not in a traceback."""
+    expected: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, ModuleNotFoundError, *failures)
     try:
         yield
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except expected as error:
         typer.echo(f"k25lite: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(1 if isinstance(error, failures) else 2) from error
 
 
 @app.command(epilog="Examples: `k25lite reproduce` · `k25lite reproduce 01 --profile full --seeds 5`")
@@ -62,24 +64,36 @@ def record(
     """Record real game footage with its ground truth. A second call resumes what was cut off."""
     from k25lite.gameplay.record import record as run
 
-    with one_line_errors():
+    with one_line_errors(RuntimeError):  # the game crashed
         manifest = run(
             out, videos=videos, minutes=minutes, seed=seed, workers=workers, width=width, map_seconds=map_seconds
         )
     typer.echo(f"Recorded: {manifest}")
 
 
-@bench.command("vision", epilog="Example: `k25lite bench vision --json bench.json`")
-def bench_vision(
-    json: Annotated[Path | None, typer.Option(help="Write the measurements here.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: both, where there is a GPU].")] = None,
-    quick: Annotated[bool, typer.Option(help="Tiny shapes: does it run? Not for quoting.")] = False,
-) -> None:
-    """MoonViT3D against transformers' vision tower: same weights, same inputs."""
-    from k25lite.vision.bench import run
+Json = Annotated[Path | None, typer.Option(help="Write the measurements here.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda [default: both, where there is a GPU].")]
+Quick = Annotated[bool, typer.Option(help="Tiny shapes: does it run? Not for quoting.")]
 
-    with one_line_errors():
-        report = run(device=device, quick=quick)
+
+@bench.command("vision", epilog="Example: `k25lite bench vision --json bench.json`")
+def bench_vision(json: Json = None, device: Device = None, quick: Quick = False) -> None:
+    """MoonViT3D against transformers' vision tower: same weights, same inputs."""
+    _measure("vision", json, device, quick)
+
+
+@bench.command("training", epilog="Example: `k25lite bench training --json bench.json --device cpu`")
+def bench_training(json: Json = None, device: Device = None, quick: Quick = False) -> None:
+    """Training against plain PyTorch: loop, language model, decoupled encoder, MuonClip; and how costs grow."""
+    _measure("training", json, device, quick)
+
+
+def _measure(room: str, json: Path | None, device: str | None, quick: bool) -> None:
+    """Run the benchmark of a room, show it and write it."""
+    from k25lite.bench import Disagreement
+
+    with one_line_errors(Disagreement):
+        report = import_module(f"k25lite.{room}.bench").run(device=device, quick=quick)
     typer.echo(report.table())
     if json:
         report.save(json)

@@ -7,6 +7,7 @@ forward again, part by part, and backward. Simplified here: one device, so nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -21,18 +22,20 @@ def decoupled_backward(
     loss_of: Callable[..., torch.Tensor],
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
     items: int = ITEMS,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
     """Add to the gradients of all parameters what the loss gives them; the same as without decoupling, up to rounding.
 
     Args:
         vision: pixel_values [patches, 3, p, p] and grid_thw [items, 3].
         loss_of: the loss, as a function of the keyword `vision_embeds` [vision tokens, text hidden].
+        autocast: the context the encoder runs in, as the backbone does in `loss_of`.
 
     Returns:
         The loss.
     """
     pixel_values, grid_thw = vision["pixel_values"], vision["grid_thw"]
-    with torch.no_grad():
+    with torch.no_grad(), autocast():
         vision_embeds = model.encode_vision(pixel_values, grid_thw)
     loss = loss_of(vision_embeds=vision_embeds.requires_grad_())
     backward(loss)
@@ -45,5 +48,7 @@ def decoupled_backward(
         int((part[:, 1] * part[:, 2]).sum()) // model.vision_tower.config.merge_kernel_size[0] ** 2 for part in parts
     ]
     for part, pixels, part_gradient in zip(parts, pixel_values.split(patches), gradient.split(tokens), strict=True):
-        torch.autograd.backward(model.encode_vision(pixels, part), part_gradient)
+        with autocast():
+            again = model.encode_vision(pixels, part)
+        torch.autograd.backward(again, part_gradient)
     return loss

@@ -51,7 +51,9 @@ def ask_all(
 
 def tokenise(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> Questions:
     """Each document's first prompt, and what should follow it."""
-    prompts = tokenizer([expand(d, d.turns[0][0]) for d in documents], add_special_tokens=False)["input_ids"]
+    prompts = tokenizer([expand(d.turns[0][0], iter(d.media)) for d in documents], add_special_tokens=False)[
+        "input_ids"
+    ]
     answers = tokenizer([f"{d.turns[0][1]} {END}" for d in documents], add_special_tokens=False)["input_ids"]
     rows = [torch.tensor(p + a) for p, a in zip(prompts, answers, strict=True)]
     targets = [torch.tensor([-100] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]

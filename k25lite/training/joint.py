@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,7 +24,7 @@ from k25lite.training.evaluation import ask_all, scores
 from k25lite.training.loop import Recipe, train
 from k25lite.training.pool import side_by_side
 from k25lite.training.schedules import LearningRate, Mix, plan
-from k25lite.vision import MoonViT3D, MoonViT3DConfig
+from k25lite.vision import MoonViT3DConfig
 from k25lite.world.families import FAMILIES, LiteWorld, vocabulary
 from k25lite.world.streams import TEXT_MIX, VISION_MIX, Row, captions, documents, make_rows
 
@@ -67,7 +68,7 @@ class JointRun:
     mix: Mix | None
     vision_share: float = 0.1
     after: int | None = None
-    recipe: Recipe = field(default_factory=lambda: Recipe(LearningRate(2e-3)))
+    recipe: Recipe = field(default_factory=lambda: Recipe(LearningRate(3e-3)))
     moe: bool = False
 
 
@@ -75,20 +76,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer(vocabulary())
 
 
+def model_config(**changes: Any) -> K25LiteConfig:
+    """Two layers of width 128 each for seeing and for speaking: what the lite budgets can train."""
+    shape = {"num_hidden_layers": 2, "initializer_range": 0.1, "rope_theta": 100.0}  # rows are short: fast rotations
+    encoder = MoonViT3DConfig.lite(num_hidden_layers=2)
+    return K25LiteConfig.lite(len(tokenizer()), vision_config=encoder, **shape | changes)
+
+
 def vit_stage(seed: int, budget: Budget, progress: bool = False) -> Path:
     """The folder of an encoder trained on captions alone; its history beside it."""
 
     def build(folder: Path) -> None:
         torch.manual_seed(FIRST_SEED + seed)
-        config = K25LiteConfig.lite(
-            len(tokenizer()), moe=False, num_hidden_layers=2, vision_config=MoonViT3DConfig.lite(num_hidden_layers=2)
-        )
-        model = K25Lite(config)
+        model = K25Lite(model_config(moe=False, num_hidden_layers=1))
         world = LiteWorld(FIRST_SEED + seed)
         rows = make_rows(captions(world, seed), budget.caption_rows, CONTEXT, tokenizer())
         steps = plan(None, len(rows), 0, ROWS_PER_STEP)
-        train(model, steps, {"text": rows}, Recipe(LearningRate(2e-3)), progress=progress).save(folder)
-        model.vision_tower.save_pretrained(folder)
+        train(model, steps, {"text": rows}, Recipe(LearningRate(3e-3)), progress=progress).save(folder)
+        model.save_pretrained(folder)
 
     return cached("vit", {"seed": seed, "caption_rows": budget.caption_rows}, build)
 
@@ -98,8 +103,11 @@ def joint_stage(run: JointRun) -> Path:
 
     def build(folder: Path) -> None:
         torch.manual_seed(FIRST_SEED + run.seed)
-        model = K25Lite(K25LiteConfig.lite(len(tokenizer()), moe=run.moe, vision_config=encoder.config))
-        model.vision_tower.load_state_dict(encoder.state_dict())
+        model = K25Lite(model_config(moe=run.moe))
+        for part in ("vision_tower", "mm_projector"):
+            getattr(model, part).load_state_dict(getattr(captioner, part).state_dict())
+        model.set_input_embeddings(captioner.get_input_embeddings())
+        model.tie_weights()
         rows = streams(run.seed, run.budget, run.vision_share)
         text, vision = len(rows["text"]), len(rows["vision"])
         steps = plan(run.mix, text, vision, ROWS_PER_STEP, run.after)
@@ -121,7 +129,7 @@ def joint_stage(run: JointRun) -> Path:
         pd.concat(answered).to_json(folder / "final.json", orient="records")
         model.save_pretrained(folder)
 
-    encoder = MoonViT3D.from_pretrained(vit_stage(run.seed, run.budget))
+    captioner = K25Lite.from_pretrained(vit_stage(run.seed, run.budget))
     return cached("joint", {name: value for name, value in asdict(run).items() if name != "name"}, build)
 
 

@@ -153,7 +153,8 @@ def backward(accelerator: Accelerator, model: torch.nn.Module, batch: Batch, dec
 
     vision: Batch = {name: batch[name] for name in ("pixel_values", "grid_thw") if name in batch}
     if decoupled and vision:
-        loss = decoupled_backward(accelerator.unwrap_model(model), vision, loss_of, accelerator.backward)
+        encoder = accelerator.unwrap_model(model)
+        loss = decoupled_backward(encoder, vision, loss_of, accelerator.backward, autocast=accelerator.autocast)
     else:
         loss = loss_of(**vision)
         accelerator.backward(loss)

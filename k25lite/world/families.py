@@ -15,7 +15,7 @@ Simplified: the language is a few hundred fixed phrases, and a question has one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
@@ -34,8 +34,8 @@ EXTRA_FAMILIES = ("handwriting", "video")  # learnt and measured too, but no col
 FAMILIES = VISION_FAMILIES + TEXT_FAMILIES + EXTRA_FAMILIES
 
 CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # without those that look alike: 0 and O, 1 and I
-LENGTHS = (2, 5)  # of printed strings
-PICTURED, UNPICTURED = 48, 400  # entities
+LENGTH = 4  # of printed strings
+PICTURED, UNPICTURED = 48, 600  # entities
 CHAIN = entity_names(PICTURED + UNPICTURED + 12)[-12:]  # names without facts, to point at each other
 Turn = tuple[str, str]  # (prompt, answer)
 T = TypeVar("T")
@@ -93,26 +93,24 @@ class LiteWorld:
         return self._makers[family](self, random, True)
 
     def captions(self, random: Random) -> Document:
-        """A picture or clip with a caption of each of its regions: what the ViT stage learns from.
-
-        A region is an object, as with grounding boxes, or a whole line of print.
-        """
+        """A picture or clip with a caption of each of its objects, as with grounding boxes: for the ViT stage."""
         family = random.choices(list(CAPTION_MIX), weights=list(CAPTION_MIX.values()))[0]
+        words: Sequence[str]
         if family in ("vision_reasoning", "video"):
             moving = family == "video"
             things = _board(random, False, moving)
             words = [_word(thing) + (f" moves {thing.motion}" if moving and thing else "") for thing in things]
             picture = draw_board(things, 2, random, frames=4 if moving else 1)
-            return Document("captions", family, tuple(("<media>", word) for word in words), (picture,), apart=True)
-        if family == "vision_knowledge":
+        elif family == "vision_knowledge":
             entity = random.choice(self.pictured)
-            word, picture = entity.name, draw_entity(entity, random)
-        elif family == "handwriting":
-            word, picture = draw_handwriting(random.randint(1, 3), random)
-        else:  # short prints too, single letters among them: from long ones alone, reading sets in late
-            word = _string(random, (1, LENGTHS[1]), False)
-            picture = draw_string(word, random)
-        return Document("captions", family, (("<image>", word),), (picture[None],), apart=True)
+            words, picture = [entity.name], draw_entity(entity, random)[None]
+        elif family == "ocr":
+            words = _string(random, test=False)
+            picture = draw_string(words, random)[None]
+        else:
+            words, digits = draw_handwriting(LENGTH, random)
+            picture = digits[None]
+        return Document("captions", family, tuple(("<media>", word) for word in words), (picture,), apart=True)
 
     def _text_knowledge(self, random: Random, test: bool) -> Document:
         entity = random.choice(self.entities)
@@ -144,15 +142,14 @@ class LiteWorld:
         return Document("vision_reasoning", turns[0][0], tuple(turn for _, turn in turns), picture)
 
     def _ocr(self, random: Random, test: bool) -> Document:
-        text = _string(random, LENGTHS, test)
+        text = _string(random, test)
         return Document(
             "ocr", f"{len(text)} characters", (("<image> reads", text),), (draw_string(text, random)[None],)
         )
 
     def _handwriting(self, random: Random, test: bool) -> Document:
-        length = random.randint(1, 3)
-        number, picture = draw_handwriting(length, random, test=test)
-        return Document("handwriting", f"{length} digits", (("<image> reads", number),), (picture[None],))
+        number, picture = draw_handwriting(LENGTH, random, test=test)
+        return Document("handwriting", "digits", (("<image> reads", number),), (picture[None],))
 
     def _video(self, random: Random, test: bool) -> Document:
         things = _board(random, test, moving=True)
@@ -169,7 +166,7 @@ class LiteWorld:
         return Document("video", kinds[0], tuple(turns), (draw_board(things, 2, random, frames=4),))
 
     def _text_reasoning(self, random: Random, test: bool) -> Document:
-        kind = random.choice(("sum", "list", "chain"))
+        kind = random.choice(("sum", "list", "list", "list", "chain"))
         if kind == "sum":
             sum_ = _draw(lambda: f"{random.randrange(100)} + {random.randrange(100)}", test)
             value = sum(int(term) for term in sum_.split(" + "))
@@ -177,15 +174,13 @@ class LiteWorld:
         if kind == "list":
             things = _board(random, test)
             told = " ".join(_word(thing) for thing in things)
-            turns = _about_board(f"[ {told} ]", things, random, 1 if test else 3)
+            turns = _about_board(told, things, random, 1 if test else 3)
             return Document("text_reasoning", f"list: {turns[0][0]}", tuple(turn for _, turn in turns))
-        names = _draw(lambda: random.sample(CHAIN, 5), test)
-        links = list(pairwise(names))
+        names = _draw(lambda: random.sample(CHAIN, 3), test)
+        links = [f"{a} to {b}" for a, b in random.sample(list(pairwise(names)), 2)]
         hops = random.choice((1, 2))
-        start = random.randrange(len(names) - hops)
-        told = " , ".join(f"{a} to {b}" for a, b in random.sample(links, len(links)))
-        asked = f"{told} ; {names[start]} {'twice ' if hops == 2 else ''}to"
-        return Document("text_reasoning", f"chain of {hops}", ((asked, names[start + hops]),))
+        asked = f"{' , '.join(links)} ; {names[0]} {'twice' if hops == 2 else 'once'}"
+        return Document("text_reasoning", f"chain of {hops}", ((asked, names[hops]),))
 
     def _code(self, random: Random, test: bool) -> Document:
         kind, expression = _draw(lambda: _expression(random), test)
@@ -249,12 +244,8 @@ def _board(random: Random, test: bool, moving: bool = False) -> list[Thing | Non
     return things
 
 
-def _string(random: Random, lengths: tuple[int, int], test: bool) -> str:
-    """A string to print; those of one character are for training, whatever their checksum."""
-    length = random.randint(*lengths)
-    if length == 1:
-        return random.choice(CHARACTERS)
-    return _draw(lambda: "".join(random.choice(CHARACTERS) for _ in range(length)), test)
+def _string(random: Random, test: bool) -> str:
+    return _draw(lambda: "".join(random.choice(CHARACTERS) for _ in range(LENGTH)), test)
 
 
 def _none(random: Random) -> str:
@@ -267,7 +258,10 @@ def _word(thing: Thing | None) -> str:
 
 
 def _about_board(board: str, things: list[Thing | None], random: Random, count: int) -> list[tuple[str, Turn]]:
-    """`count` different turns about a board, each with its kind; the first one opens with the board."""
+    """`count` different turns about a board, each with its kind; the first one opens with the board.
+
+    All questions have four words, so that a board's cells stand equally far from every answer, told as from pictures.
+    """
     present = [thing for thing in things if thing]
     words = [_word(thing) for thing in things]
     unique = [word for word in dict.fromkeys(words) if words.count(word) == 1 and word != "none"]
@@ -280,7 +274,7 @@ def _about_board(board: str, things: list[Thing | None], random: Random, count: 
         elif kind == "compare":
             a, b = random.sample(list(random.choice((tuple(COLOURS), SHAPES))), 2)
             more = _count(a, present) - _count(b, present)
-            asked[f"more {a} or {b} ?"] = kind, "same" if more == 0 else a if more > 0 else b
+            asked[f"more {a} {b} ?"] = kind, "same" if more == 0 else a if more > 0 else b
         elif kind == "locate":
             word = random.choice(unique)
             asked[f"where is {word} ?"] = kind, CELLS[words.index(word)]
@@ -299,7 +293,7 @@ def vocabulary() -> list[str]:
     """Every word the world is told in, in a fixed order."""
     words: dict[str, None] = dict.fromkeys("0123456789" + CHARACTERS[:24] + ".,:;?+-*=<>()[]'")
     phrases = [text for stated, asked, _ in RELATIONS.values() for text in (stated, asked)]
-    phrases += ["<image> is reads moves to twice", "how many more or same where what none ->", " ".join(CODE_NAMES)]
+    phrases += ["<image> is reads moves to once twice", "how many more same where what none ->", " ".join(CODE_NAMES)]
     words |= dict.fromkeys(word for phrase in phrases for word in phrase.split() if word.isalpha())
     words |= dict.fromkeys(value for _, _, values in RELATIONS.values() for value in values)
     words |= dict.fromkeys([*COLOURS, *SHAPES, *DIRECTIONS, *CELLS])

@@ -23,7 +23,7 @@ from k25lite.world.scenes import CELL, COLOURS, GLYPH, Thing, glyph
 BACKGROUND, NOISE = 24, 12
 PAINTS = np.array(list(COLOURS.values()), np.int16)
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "DejaVuSerif-Italic")
-FONT_SIZES = (10, 11, 12, 13)  # pixels; a line of text is 16 pixels high
+FONT_SIZES = (12, 13, 14)  # pixels
 TRAINING_DIGITS = 1400  # of the 1,797 handwritten digits; the rest is for tests
 
 
@@ -61,16 +61,14 @@ def draw_board(things: Sequence[Thing | None], columns: int, random: Random, fra
 
 
 def draw_string(text: str, random: Random) -> np.ndarray:
-    """One printed line, [16, width, 3] with width a multiple of 16: font, size, place, ink and paper vary."""
+    """Print in boxes, as on a form, one character to each: [16, 16 characters, 3]. Font, size, ink and place vary."""
     font = _font(random.choice(FONTS), random.choice(FONT_SIZES))
-    left, _, right, _ = font.getbbox(text, anchor="ls")
-    width = -(-(int(right - left) + 4) // CELL) * CELL
-    mask = Image.new("L", (width, CELL))
-    start = 2 + random.randrange(max(1, width - 3 - int(right - left)))
-    ImageDraw.Draw(mask).text((start, 12 + random.randrange(2)), text, fill=255, font=font, anchor="ls")
-    paper, ink = random.choice(((BACKGROUND, 230), (230, BACKGROUND)))
-    canvas = _background(random, CELL, width) + paper - BACKGROUND
-    paint = np.array([ink + random.randrange(-20, 21) for _ in range(3)], np.int16)
+    mask = Image.new("L", (CELL * len(text), CELL))
+    for index, character in enumerate(text):
+        place = (CELL * index + random.randrange(7, 10), random.randrange(11, 15))
+        ImageDraw.Draw(mask).text(place, character, fill=255, font=font, anchor="ms")
+    canvas = _background(random, *mask.size[::-1])
+    paint = np.array([random.randrange(140, 256) for _ in range(3)], np.int16)
     canvas += (np.asarray(mask, np.float32)[..., None] / 255 * (paint - canvas)).astype(np.int16)
     return canvas.clip(0, 255).astype(np.uint8)
 

@@ -6,7 +6,8 @@ rows and in nothing else, their token budgets are equal by construction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from k25lite.world.families import Document, LiteWorld
 
 # Shares of the documents of each stream, chosen so that every family gets a similar number of answers to learn from.
-TEXT_MIX = {"text_knowledge": 0.55, "text_reasoning": 0.25, "code": 0.2}
+TEXT_MIX = {"text_knowledge": 0.4, "text_reasoning": 0.4, "code": 0.2}
 VISION_MIX = {"vision_knowledge": 0.4, "vision_reasoning": 0.25, "ocr": 0.25, "handwriting": 0.05, "video": 0.05}
 OPEN_ROWS = 16  # rows that packing keeps open: more waste less, and hold documents back longer
 PIXELS_PER_TOKEN = 16  # side of the square of pixels one vision token covers: patches of 8, merged 2 x 2
@@ -30,8 +31,8 @@ class Row:
     Attributes:
         input_ids: [context] int64, padding at the end.
         position_ids: [context] int64, starting again at 0 after each <eos>.
-        labels: [context] int64: input_ids where the loss applies; -100 at media tokens, padding, and the first token of a
-            document, which would be guessed from the end of another.
+        labels: [context] int64: input_ids in the answers and the signs that end them, else -100. What the questions are
+            about is drawn at random, so that nothing can be learnt from predicting it.
         media: the documents' pictures and chunks in order, each [t, h, w, 3] uint8.
         tokens: how many count against a budget: all but padding.
     """
@@ -52,13 +53,22 @@ def media_tokens(item: np.ndarray) -> int:
     return item.shape[1] * item.shape[2] // PIXELS_PER_TOKEN**2
 
 
-def expand(document: Document, text: str) -> str:
-    """`text` of a document with a `<media>` for each vision token its marks stand for, and the clip's timestamp."""
-    for item in document.media:
-        pads = " ".join(["<media>"] * media_tokens(item))
-        mark = min(("<image>", "<video>"), key=lambda m: text.index(m) if m in text else len(text))
-        text = text.replace(mark, pads if mark == "<image>" else f"00:00:00.000 {pads}", 1)
-    return text
+def expand(text: str, media: Iterator[np.ndarray]) -> str:
+    """`text` with a `<media>` for each vision token its marks stand for, items taken in order, and a clip's timestamp."""
+
+    def pads(match: re.Match) -> str:
+        tokens = " ".join(["<media>"] * media_tokens(next(media)))
+        return tokens if match[0] == "<image>" else f"00:00:00.000 {tokens}"
+
+    return re.sub("<image>|<video>", pads, text)
+
+
+def pieces(document: Document) -> list[str]:
+    """Prompt, answer, prompt, answer, ...: a document's text, cut where the loss begins and ends to apply."""
+    media = iter(document.media)
+    end = " <eos>" if document.apart else " ."
+    parts = [part for prompt, answer in document.turns for part in (expand(prompt, media), answer + end)]
+    return parts if document.apart else [*parts[:-1], parts[-1] + " <eos>"]
 
 
 def make_rows(documents: Iterator[Document], count: int, context: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -68,24 +78,53 @@ def make_rows(documents: Iterator[Document], count: int, context: int, tokenizer
         ValueError: a document is longer than a row.
     """
     rows: list[Row] = []
-    open_rows: list[tuple[list[int], list[np.ndarray]]] = []  # token ids, media
+    open_rows: list[OpenRow] = []
     while len(rows) < count:
-        batch = list(islice(documents, 512))
-        texts = [expand(d, d.text if d.apart else f"{d.text} <eos>") for d in batch]
-        for document, ids in zip(batch, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
-            if len(ids) > context:
-                raise ValueError(f"a row of {context} tokens cannot hold a document of {len(ids)}: {document.text}")
-            fits = [row for row in open_rows if len(row[0]) + len(ids) <= context]
+        for document in tokenised(islice(documents, 512), tokenizer):
+            if len(document.ids) > context:
+                text = tokenizer.decode(document.ids)
+                raise ValueError(f"a row of {context} tokens cannot hold a document of {len(document.ids)}: {text}")
+            fits = [row for row in open_rows if len(row.ids) + len(document.ids) <= context]
             if not fits:
-                fits = [([], [])]
+                fits = [OpenRow([], [], [])]
                 open_rows += fits
-            row_ids, row_media = max(fits, key=lambda row: len(row[0]))
-            row_ids += ids
-            row_media += document.media
+            row = max(fits, key=lambda row: len(row.ids))
+            row.ids += document.ids
+            row.asked += document.asked
+            row.media += document.media
             if len(open_rows) > OPEN_ROWS:
-                open_rows.sort(key=lambda row: len(row[0]))
-                rows.append(_row(*open_rows.pop(), context, tokenizer))
+                open_rows.sort(key=lambda row: len(row.ids))
+                rows.append(open_rows.pop().close(context, tokenizer))
     return rows[:count]
+
+
+@dataclass
+class OpenRow:
+    """A row being filled, or a document: token ids, whether each belongs to an answer, media."""
+
+    ids: list[int]
+    asked: list[bool]
+    media: list[np.ndarray]
+
+    def close(self, context: int, tokenizer: PreTrainedTokenizerBase) -> Row:
+        input_ids = np.full(context, tokenizer.pad_token_id, np.int64)
+        input_ids[: len(self.ids)] = self.ids
+        # Every document ends with <eos>, so that the padding, too, begins anew.
+        starts = np.flatnonzero(np.concatenate([[True], input_ids[:-1] == tokenizer.eos_token_id]))
+        index = np.arange(context)
+        position_ids = index - starts[np.searchsorted(starts, index, side="right") - 1]
+        asked = np.array(self.asked + [False] * (context - len(self.ids)))
+        return Row(input_ids, position_ids, np.where(asked, input_ids, -100), tuple(self.media), len(self.ids))
+
+
+def tokenised(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[OpenRow]:
+    batch = list(documents)
+    cut = [pieces(document) for document in batch]
+    ids = iter(tokenizer([piece for parts in cut for piece in parts], add_special_tokens=False)["input_ids"])
+    for document, parts in zip(batch, cut, strict=True):
+        tokens = list(islice(ids, len(parts)))
+        asked = [i % 2 == 1 for i, part in enumerate(tokens) for _ in part]
+        yield OpenRow([token for part in tokens for token in part], asked, list(document.media))
 
 
 def documents(world: LiteWorld, mix: Mapping[str, float], seed: int) -> Iterator[Document]:
@@ -101,15 +140,3 @@ def captions(world: LiteWorld, seed: int) -> Iterator[Document]:
     random = Random(f"k25lite captions {seed}")
     while True:
         yield world.captions(random)
-
-
-def _row(ids: list[int], media: list[np.ndarray], context: int, tokenizer: PreTrainedTokenizerBase) -> Row:
-    input_ids = np.full(context, tokenizer.pad_token_id, np.int64)
-    input_ids[: len(ids)] = ids
-    # Every document ends with <eos>, so that the padding, too, begins anew.
-    starts = np.flatnonzero(np.concatenate([[True], input_ids[:-1] == tokenizer.eos_token_id]))
-    index = np.arange(context)
-    position_ids = index - starts[np.searchsorted(starts, index, side="right") - 1]
-    media_id = tokenizer.convert_tokens_to_ids("<media>")
-    asked = (input_ids != media_id) & (index < len(ids)) & (position_ids > 0)
-    return Row(input_ids, position_ids, np.where(asked, input_ids, -100), tuple(media), len(ids))

@@ -16,8 +16,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from k25lite.training import muonclip
-from k25lite.training.muonclip import MuonClip, QKClip, max_logits, newton_schulz, split_parameters
+from k25lite.training import muonclip, qk_clip
+from k25lite.training.muonclip import MuonClip, newton_schulz, split_parameters
+from k25lite.training.qk_clip import QKClip, max_logits
 from k25lite.vision import MoonViT3D, MoonViT3DConfig, Projector
 
 TINY = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -157,6 +158,12 @@ def test_every_trainable_parameter_is_in_one_group(tied):
     assert ("lm.lm_head.weight" in others) != tied
 
 
+def test_a_head_tied_to_the_embedding_goes_with_it_whatever_its_name():
+    model = nn.ModuleDict({"scores": nn.Linear(4, 9, bias=False), "words": nn.Embedding(9, 4)})
+    model["scores"].weight = model["words"].weight
+    assert [list(part) for part in split_parameters(model)] == [[], ["scores.weight"]]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_clipped_heads_reach_the_threshold_and_the_rest_stay(kind):
     model, ids = MODELS[kind](), tokens()
@@ -203,9 +210,9 @@ def test_the_maxima_are_those_of_the_pairs_that_attend(layout, kind, chunk, monk
         seen[module] = query.detach(), key.detach(), kwargs["scaling"]
         return original(module, query, key, *args, **kwargs)
 
-    original = muonclip.sdpa_attention_forward
+    original = qk_clip.sdpa_attention_forward
     monkeypatch.setattr(muonclip, "sdpa_attention_forward", spy)
-    monkeypatch.setitem(muonclip.CHUNK_LOGITS, "cpu", chunk)
+    monkeypatch.setitem(qk_clip.CHUNK_LOGITS, "cpu", chunk)
     clip = QKClip(model)
     assert torch.equal(model(ids, use_cache=False, **given).logits, expected_output)
     assert len(seen) == 2
@@ -307,12 +314,13 @@ def test_a_resumed_run_continues_bit_by_bit(tmp_path):
     run(*straight, batches)
     assert straight[1].metrics()["heads_clipped"] > 0
     before = start()
-    run(*before, batches[:3])
+    run(*before, batches[:4])
     torch.save([part.state_dict() for part in before], tmp_path / "checkpoint.pt")
     resumed = start()
+    run(*resumed, batches[:1])  # a false start, after which the next step is not one that records
     for part, state in zip(resumed, torch.load(tmp_path / "checkpoint.pt", weights_only=True), strict=True):
         part.load_state_dict(state)
-    run(*resumed, batches[3:])
+    run(*resumed, batches[4:])
     for one, other in zip(straight[0].parameters(), resumed[0].parameters(), strict=True):
         assert torch.equal(one, other)
     assert straight[1].metrics() == resumed[1].metrics()

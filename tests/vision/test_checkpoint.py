@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import patches, randomise
+from encoders import patches, randomise
 from safetensors.torch import load_file, save_file
 from transformers import Kimi_K25ForConditionalGeneration
 from transformers.models.kimi_k25 import Kimi_K25VisionModel

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import patches, randomise
+from encoders import patches, randomise
 
 from k25lite.vision import MoonViT3D, MoonViT3DConfig
 from k25lite.vision import moonvit3d as module
