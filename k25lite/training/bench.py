@@ -36,11 +36,11 @@ from k25lite.bench import (
     relative_difference,
 )
 from k25lite.model import K25Lite, K25LiteConfig
+from k25lite.training.bench_plain import PLAIN, PlainDecoder, active_parameters, count_flops, refuse_unequal_work
 from k25lite.training.decoupled import decoupled_backward
 from k25lite.training.joint import tokenizer
 from k25lite.training.loop import Batch, Recipe, collate, has_bf16, make_optimiser, next_token_loss, train
 from k25lite.training.muonclip import MuonClip
-from k25lite.training.plain import PLAIN, PlainDecoder, active_parameters, count_flops, refuse_unequal_work
 from k25lite.training.schedules import EARLY, LearningRate, plan, rows_in
 from k25lite.vision import MoonViT3DConfig
 from k25lite.world.families import LiteWorld

@@ -1,8 +1,10 @@
 """The two pre-training stages on the Lite World: the ViT stage, then joint text-vision training, both cached.
 
 Source: Kimi K2.5 report, section 2.1, Tables 1 and 3. The ViT stage trains the encoder by the cross-entropy of captions,
-through a small language model that is then thrown away. The joint stage begins with that encoder and a fresh language model
-and projector, and trains all of them. Simplified here: a million tokens, and no long-context stage.
+through a small language model that is then thrown away. The joint stage begins with the encoder, the projector and the word
+embeddings that this left, and a fresh language model, and trains all of it; what comes trained, at a tenth of the rate.
+Simplified here: the small language model is the smallest there is, a table of words, which leaves pictures where their
+words are; a million tokens; no long-context stage.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ class Budget:
 
 BUDGETS = {
     "smoke": Budget(caption_rows=40, rows=200, questions=16, curve_questions=8),
-    "lite": Budget(caption_rows=5_000, rows=12_000, questions=400, curve_questions=100),
-    "full": Budget(caption_rows=5_000, rows=12_000, questions=400, curve_questions=100),
+    "lite": Budget(caption_rows=3_000, rows=12_000, questions=400, curve_questions=100),
+    "full": Budget(caption_rows=3_000, rows=16_000, questions=400, curve_questions=100),
 }
 
 
@@ -68,7 +70,7 @@ class JointRun:
     mix: Mix | None
     vision_share: float = 0.1
     after: int | None = None
-    recipe: Recipe = field(default_factory=lambda: Recipe(LearningRate(3e-3)))
+    recipe: Recipe = field(default_factory=lambda: Recipe(LearningRate(3e-3), trained_scale=0.1))
     moe: bool = False
 
 
@@ -88,11 +90,11 @@ def vit_stage(seed: int, budget: Budget, progress: bool = False) -> Path:
 
     def build(folder: Path) -> None:
         torch.manual_seed(FIRST_SEED + seed)
-        model = K25Lite(model_config(moe=False, num_hidden_layers=1))
+        model = K25Lite(model_config(moe=False, num_hidden_layers=0))
         world = LiteWorld(FIRST_SEED + seed)
-        rows = make_rows(captions(world, seed), budget.caption_rows, CONTEXT, tokenizer())
+        rows = make_rows(captions(world, FIRST_SEED + seed), budget.caption_rows, CONTEXT, tokenizer())
         steps = plan(None, len(rows), 0, ROWS_PER_STEP)
-        train(model, steps, {"text": rows}, Recipe(LearningRate(3e-3)), progress=progress).save(folder)
+        train(model, steps, {"text": rows}, Recipe(LearningRate(3e-3), qk_clip=None), progress=progress).save(folder)
         model.save_pretrained(folder)
 
     return cached("vit", {"seed": seed, "caption_rows": budget.caption_rows}, build)
@@ -112,7 +114,7 @@ def joint_stage(run: JointRun) -> Path:
         text, vision = len(rows["text"]), len(rows["vision"])
         steps = plan(run.mix, text, vision, ROWS_PER_STEP, run.after)
         world = LiteWorld(FIRST_SEED + run.seed)
-        curve = ask_all(world, FAMILIES, run.budget.curve_questions, tokenizer(), run.seed)
+        curve = ask_all(world, FAMILIES, run.budget.curve_questions, tokenizer(), FIRST_SEED // 2 + run.seed)
         history = train(
             model,
             steps,
@@ -148,7 +150,7 @@ def streams(seed: int, budget: Budget, vision_share: float) -> dict[str, list[Ro
     vision = round(budget.rows * vision_share)
     world = LiteWorld(FIRST_SEED + seed)
     return {
-        name: make_rows(documents(world, mix, seed), count, CONTEXT, tokenizer())
+        name: make_rows(documents(world, mix, FIRST_SEED + seed), count, CONTEXT, tokenizer())
         for name, mix, count in (("text", TEXT_MIX, budget.rows - vision), ("vision", VISION_MIX, vision))
     }
 

@@ -37,7 +37,9 @@ class Recipe:
 
     Args:
         optimiser: "muonclip" or "adamw".
+        trained_scale: of the learning rate, for the parts that come trained (`TRAINED`).
         clip: largest norm of the gradient.
+        qk_clip: largest attention logit, for "muonclip"; None does without.
         decoupled: the Decoupled Encoder Process, which keeps no activations of the encoder during the backbone's step.
     """
 
@@ -45,7 +47,13 @@ class Recipe:
     optimiser: Literal["muonclip", "adamw"] = "muonclip"
     weight_decay: float = 0.1
     clip: float = 1.0
+    qk_clip: float | None = 100.0
     decoupled: bool = False
+    trained_scale: float = 1.0
+
+
+# The parts of a model that the ViT stage leaves: encoder, projector, and the words it was aligned with.
+TRAINED = ("vision_tower", "mm_projector", "language_model.model.embed_tokens")
 
 
 @dataclass
@@ -122,7 +130,7 @@ def train(
         batch = {n: t if n == "grid_thw" else t.to(accelerator.device) for n, t in batch.items()}
         learning_rate = recipe.learning_rate(consumed[step + 1] / consumed[-1])
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         optimiser.zero_grad()
         loss = backward(accelerator, wrapped, batch, recipe.decoupled)
         norm = accelerator.clip_grad_norm_(wrapped.parameters(), recipe.clip)
@@ -178,8 +186,16 @@ def collate(rows: Sequence[Row], config: MoonViT3DConfig) -> Batch:
 def make_optimiser(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     peak, decay = recipe.learning_rate.peak, recipe.weight_decay
     if recipe.optimiser == "muonclip":
-        return MuonClip(model, peak, decay)
-    return torch.optim.AdamW(model.parameters(), peak, (0.9, 0.95), weight_decay=decay, fused=True)
+        return MuonClip(
+            model, peak, decay, qk_clip_threshold=recipe.qk_clip, slow=TRAINED, slow_scale=recipe.trained_scale
+        )
+    parts: list[dict[str, Any]] = [
+        {"params": [], "lr_scale": 1.0},
+        {"params": [], "lr_scale": recipe.trained_scale},
+    ]
+    for name, parameter in model.named_parameters():
+        parts[name.startswith(TRAINED)]["params"].append(parameter)
+    return torch.optim.AdamW(parts, peak, (0.9, 0.95), weight_decay=decay, fused=True)
 
 
 def has_bf16() -> bool:

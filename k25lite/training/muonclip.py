@@ -38,6 +38,8 @@ class MuonClip(torch.optim.Optimizer):
         qk_clip_threshold: the largest attention logit left alone (the report's tau); None switches QK-Clip off.
         qk_clip_every: record and clip at every n-th step only, for less overhead.
         ns_dtype: of the Newton-Schulz iterations; by default bfloat16 where the hardware multiplies it, else float32.
+        slow: prefixes of names of parameters that learn at `slow_scale` times the rate, because they come trained. The
+            groups of AdamW carry it as "lr_scale": who sets their "lr" multiplies by it.
 
     Raises:
         ValueError: a hyperparameter is out of range; or QK-Clip is on, and the model has no trainable attention it can
@@ -57,16 +59,23 @@ class MuonClip(torch.optim.Optimizer):
         qk_clip_threshold: float | None = 100.0,
         qk_clip_every: int = 1,
         ns_dtype: torch.dtype | None = None,
+        slow: tuple[str, ...] = (),
+        slow_scale: float = 1.0,
     ):
         if not 0 <= momentum < 1 or ns_steps < 1:
             raise ValueError(f"momentum must be in [0, 1) and ns_steps positive, got {momentum} and {ns_steps}")
         hidden, others = split_parameters(model)
-        tables = {"params": [p for p in others.values() if p.ndim > 1]}
-        vectors = {"params": [p for p in others.values() if p.ndim <= 1], "weight_decay": 0.0}
-        groups: list[dict[str, Any]] = [tables, vectors]
+        groups: list[dict[str, Any]] = []
+        for is_slow in (False, True):
+            mine = [p for name, p in others.items() if name.startswith(slow) == is_slow]
+            lr_scale = slow_scale if is_slow else 1.0
+            common = {"lr": lr * lr_scale, "lr_scale": lr_scale}
+            groups.append({"params": [p for p in mine if p.ndim > 1], **common})
+            groups.append({"params": [p for p in mine if p.ndim <= 1], "weight_decay": 0.0, **common})
         self._adamw = torch.optim.AdamW(groups, lr, betas, eps, weight_decay, fused=True)
         muon = {"params": list(hidden.values()), "pieces": [pieces(name) for name in hidden], "steps": 0}
         muon |= {"momentum": momentum, "ns_steps": ns_steps}
+        muon |= {"scales": [slow_scale if name.startswith(slow) else 1.0 for name in hidden]}
         super().__init__([muon, *self._adamw.param_groups], {"lr": lr, "weight_decay": weight_decay})
         self.ns_dtype = ns_dtype
         self.qk_clip = None if qk_clip_threshold is None else QKClip(model, qk_clip_threshold, qk_clip_every)
@@ -99,8 +108,8 @@ class MuonClip(torch.optim.Optimizer):
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         # Matrices of one size, lying or standing, go through the iterations together: small ones alone waste the hardware.
-        stacks: dict[tuple, list[tuple[nn.Parameter, bool, torch.Tensor]]] = defaultdict(list)
-        for p, n in zip(group["params"], group["pieces"], strict=True):
+        stacks: dict[tuple, list[tuple[nn.Parameter, float, bool, torch.Tensor]]] = defaultdict(list)
+        for p, n, lr_scale in zip(group["params"], group["pieces"], group["scales"], strict=True):
             if p.grad is None:
                 continue
             if "momentum_buffer" not in self.state[p]:
@@ -110,14 +119,14 @@ class MuonClip(torch.optim.Optimizer):
             matrices = update.reshape(-1, p.shape[-2] // n, p.shape[-1])  # (experts pieces) rows columns
             stands = matrices.shape[1] > matrices.shape[2]
             matrices = matrices.mT if stands else matrices
-            stacks[p.device, p.dtype, *matrices.shape[1:]].append((p, stands, matrices))
+            stacks[p.device, p.dtype, *matrices.shape[1:]].append((p, group["lr"] * lr_scale, stands, matrices))
         for (device, _, _, longest), stack in stacks.items():
-            together = torch.cat([matrices for _, _, matrices in stack])
+            together = torch.cat([matrices for *_, matrices in stack])
             updates = newton_schulz(together, group["ns_steps"], self.ns_dtype or fast_dtype(device))
             scale = UPDATE_RMS * math.sqrt(longest)
-            for (p, stands, _), part in zip(stack, updates.split([len(m) for _, _, m in stack]), strict=True):
+            for (p, lr, stands, _), part in zip(stack, updates.split([len(m) for *_, m in stack]), strict=True):
                 part = (part.mT if stands else part).reshape(p.shape)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part, alpha=-group["lr"] * scale)
+                p.mul_(1 - lr * group["weight_decay"]).add_(part, alpha=-lr * scale)
 
 
 def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

@@ -33,8 +33,7 @@ class Entity:
         facts: relation -> value.
         sprite: [6, 6] int8: 0 background, 1 and 2 the two colours; None for those whom no picture shows.
         colours: indices into the colours of `k25lite.world.scenes`.
-        told: relations that training documents also ask about in words; of the others there are statements only.
-        shown: relations that training documents also complete for a picture; never one of the others.
+        told: relations that training documents also ask for; of the others there are statements only.
     """
 
     name: str
@@ -42,11 +41,11 @@ class Entity:
     sprite: np.ndarray | None
     colours: tuple[int, int]
     told: tuple[str, ...]
-    shown: tuple[str, ...]
 
-    def held_out(self, seen: tuple[str, ...]) -> tuple[str, ...]:
-        """The relations not among `seen`."""
-        return tuple(relation for relation in RELATIONS if relation not in seen)
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """The relations that training documents state and never ask for."""
+        return tuple(relation for relation in RELATIONS if relation not in self.told)
 
 
 def entity_names(count: int) -> list[str]:
@@ -62,8 +61,7 @@ def entity_names(count: int) -> list[str]:
 def make_entities(seed: int, pictured: int, unpictured: int) -> list[Entity]:
     """The inhabitants of one world: first the `pictured`, then those known from text alone.
 
-    Of its four relations each entity has two asked in words and two completed for its picture during training; the tests
-    ask for the rest.
+    Of its four relations each entity has two that training documents ask for; the tests ask for the others.
     """
     random = Random(f"k25lite entities {seed}")
     names = entity_names(pictured + unpictured)
@@ -79,6 +77,6 @@ def make_entities(seed: int, pictured: int, unpictured: int) -> list[Entity]:
                 sprite = np.array([row + row[::-1] for row in half], np.int8)
                 colours = (first, second)
         facts = {relation: random.choice(values) for relation, (_, _, values) in RELATIONS.items()}
-        told, shown = (tuple(random.sample(list(RELATIONS), 2)) for _ in range(2))
-        entities.append(Entity(name, facts, sprite, colours, told, shown))
+        told = tuple(random.sample(list(RELATIONS), 2))
+        entities.append(Entity(name, facts, sprite, colours, told))
     return entities

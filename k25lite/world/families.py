@@ -3,7 +3,7 @@
 Text and pictures speak of the same things in the same words: a picture stands where a name, a list of things, or a string
 would stand in a sentence. Each family holds out what its tests ask:
 
-- *vision_knowledge*: a picture of an entity in a sentence that was completed for its name only, never for its picture.
+- *vision_knowledge*: a fact about a pictured entity that was only ever told in words, its picture only ever named.
 - *vision_reasoning*: count, compare, locate on boards that no training document shows.
 - *ocr*: printed strings that no training document shows. *handwriting*: digits written on other pieces of paper.
 - *video*: which way a thing moves, what it is and its colour, on boards that no training document shows.
@@ -34,8 +34,8 @@ EXTRA_FAMILIES = ("handwriting", "video")  # learnt and measured too, but no col
 FAMILIES = VISION_FAMILIES + TEXT_FAMILIES + EXTRA_FAMILIES
 
 CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # without those that look alike: 0 and O, 1 and I
-LENGTH = 4  # of printed strings
-PICTURED, UNPICTURED = 48, 600  # entities
+LENGTH, DIGITS = 6, 3  # of printed strings, and of written numbers
+PICTURED, UNPICTURED = 48, 800  # entities
 CHAIN = entity_names(PICTURED + UNPICTURED + 12)[-12:]  # names without facts, to point at each other
 Turn = tuple[str, str]  # (prompt, answer)
 T = TypeVar("T")
@@ -83,6 +83,8 @@ class LiteWorld:
     def __init__(self, seed: int, pictured: int = PICTURED, unpictured: int = UNPICTURED):
         self.entities = make_entities(seed, pictured, unpictured)
         self.pictured = self.entities[:pictured]
+        # Of every second pictured entity, pictures are only ever named: those are for the tests.
+        self.described, self.named_only = self.pictured[::2], self.pictured[1::2]
 
     def document(self, family: str, random: Random) -> Document:
         """A training document of a family."""
@@ -93,13 +95,18 @@ class LiteWorld:
         return self._makers[family](self, random, True)
 
     def captions(self, random: Random) -> Document:
-        """A picture or clip with a caption of each of its objects, as with grounding boxes: for the ViT stage."""
+        """A picture or clip with a one-word caption of each of its objects, as with grounding boxes: for the ViT stage.
+
+        In a clip the word is what the object is, or how it moves.
+        """
         family = random.choices(list(CAPTION_MIX), weights=list(CAPTION_MIX.values()))[0]
         words: Sequence[str]
         if family in ("vision_reasoning", "video"):
             moving = family == "video"
             things = _board(random, False, moving)
-            words = [_word(thing) + (f" moves {thing.motion}" if moving and thing else "") for thing in things]
+            words = [
+                random.choice((_word(thing), thing.motion)) if moving and thing else _word(thing) for thing in things
+            ]
             picture = draw_board(things, 2, random, frames=4 if moving else 1)
         elif family == "vision_knowledge":
             entity = random.choice(self.pictured)
@@ -108,7 +115,7 @@ class LiteWorld:
             words = _string(random, test=False)
             picture = draw_string(words, random)[None]
         else:
-            words, digits = draw_handwriting(LENGTH, random)
+            words, digits = draw_handwriting(DIGITS, random)
             picture = digits[None]
         return Document("captions", family, tuple(("<media>", word) for word in words), (picture,), apart=True)
 
@@ -117,29 +124,31 @@ class LiteWorld:
         if not test and random.random() < 0.75:
             facts = [(RELATIONS[r][0].format(entity.name), entity.facts[r]) for r in RELATIONS]
             return Document("text_knowledge", "stated", tuple(random.sample(facts, 2)))
-        relation = random.choice(entity.held_out(entity.told) if test else entity.told)
+        relation = random.choice(entity.untold if test else entity.told)
         asked = RELATIONS[relation][1]
         turn = (asked.format(entity.name), entity.facts[relation])
         return Document("text_knowledge", relation, (turn,))
 
     def _vision_knowledge(self, random: Random, test: bool) -> Document:
-        entity = random.choice(self.pictured)
-        picture = (draw_entity(entity, random)[None],)
-        if test:
-            relation = random.choice(entity.held_out(entity.shown))
+        if test or random.random() < 0.4:
+            entity = random.choice(self.named_only if test else self.described)
+            relation = random.choice(list(RELATIONS))
             turn = (RELATIONS[relation][0].format("<image>"), entity.facts[relation])
-            return Document("vision_knowledge", relation, (turn,), picture)
-        if random.random() < 0.5:
-            return Document("vision_knowledge", "name", (("<image> is", entity.name),), picture)
-        relation = random.choice(entity.shown)
-        turn = (RELATIONS[relation][0].format("<image>"), entity.facts[relation])
-        return Document("vision_knowledge", relation, (turn,), picture)
+            return Document("vision_knowledge", relation, (turn,), (draw_entity(entity, random)[None],))
+        group = random.sample(self.pictured, random.choice((1, 4)))
+        picture = np.concatenate([draw_entity(entity, random) for entity in group], axis=1)[None]
+        turn = ("<image> shows", " ".join(entity.name for entity in group))
+        return Document("vision_knowledge", "names", (turn,), (picture,))
 
     def _vision_reasoning(self, random: Random, test: bool) -> Document:
         things = _board(random, test)
         picture = (draw_board(things, 2, random),)
-        turns = _about_board("<image>", things, random, 1 if test else 3)
-        return Document("vision_reasoning", turns[0][0], tuple(turn for _, turn in turns), picture)
+        if test:
+            kind, turn = _about_board("<image>", things, random, 1)[0]
+            return Document("vision_reasoning", kind, (turn,), picture)
+        turns = [turn for _, turn in _about_board("", things, random, 2)]
+        listed = ("<image> shows", " ".join(_word(thing) for thing in things))
+        return Document("vision_reasoning", "listed", (listed, *turns), picture)
 
     def _ocr(self, random: Random, test: bool) -> Document:
         text = _string(random, test)
@@ -148,22 +157,23 @@ class LiteWorld:
         )
 
     def _handwriting(self, random: Random, test: bool) -> Document:
-        number, picture = draw_handwriting(LENGTH, random, test=test)
+        number, picture = draw_handwriting(DIGITS, random, test=test)
         return Document("handwriting", "digits", (("<image> reads", number),), (picture[None],))
 
     def _video(self, random: Random, test: bool) -> Document:
         things = _board(random, test, moving=True)
-        cells = [cell for cell, thing in enumerate(things) if thing]
-        turns: list[Turn] = []
-        kinds = []
-        for cell in random.sample(cells, 1 if test else min(3, len(cells))):
-            thing = things[cell]
-            assert thing
-            kind = random.choice(("moves", "moves", "is"))
-            opening = "" if turns else "<video> "
-            turns.append((f"{opening}{CELLS[cell]} {kind}", thing.motion if kind == "moves" else _word(thing)))
-            kinds.append(kind)
-        return Document("video", kinds[0], tuple(turns), (draw_board(things, 2, random, frames=4),))
+        clip = (draw_board(things, 2, random, frames=4),)
+        seen = [(cell, thing) for cell, thing in zip(CELLS, things, strict=True) if thing]
+        if not test:
+            some = random.sample(seen, min(2, len(seen)))
+            turns = [
+                turn for cell, thing in some for turn in ((f"{cell} is", _word(thing)), (f"{cell} moves", thing.motion))
+            ]
+            shows = ("<video> shows", " ".join(_word(thing) for thing in things))
+            return Document("video", "listed", (shows, *turns), clip)
+        cell, thing = random.choice(seen)
+        kind, answer = random.choice((("is", _word(thing)), ("moves", thing.motion)))
+        return Document("video", kind, ((f"<video> {cell} {kind}", answer),), clip)
 
     def _text_reasoning(self, random: Random, test: bool) -> Document:
         kind = random.choice(("sum", "list", "list", "list", "chain"))
@@ -281,7 +291,7 @@ def _about_board(board: str, things: list[Thing | None], random: Random, count: 
         else:
             cell = random.randrange(len(CELLS))
             asked[f"what is {CELLS[cell]} ?"] = kind, words[cell]
-    prompts = [f"{board} {prompt}" if index == 0 else prompt for index, prompt in enumerate(asked)]
+    prompts = [f"{board} {prompt}".strip() if index == 0 else prompt for index, prompt in enumerate(asked)]
     return [(kind, (prompt, answer)) for prompt, (kind, answer) in zip(prompts, asked.values(), strict=True)]
 
 
@@ -293,7 +303,11 @@ def vocabulary() -> list[str]:
     """Every word the world is told in, in a fixed order."""
     words: dict[str, None] = dict.fromkeys("0123456789" + CHARACTERS[:24] + ".,:;?+-*=<>()[]'")
     phrases = [text for stated, asked, _ in RELATIONS.values() for text in (stated, asked)]
-    phrases += ["<image> is reads moves to once twice", "how many more same where what none ->", " ".join(CODE_NAMES)]
+    phrases += [
+        "<image> shows is reads moves to once twice",
+        "how many more same where what none ->",
+        " ".join(CODE_NAMES),
+    ]
     words |= dict.fromkeys(word for phrase in phrases for word in phrase.split() if word.isalpha())
     words |= dict.fromkeys(value for _, _, values in RELATIONS.values() for value in values)
     words |= dict.fromkeys([*COLOURS, *SHAPES, *DIRECTIONS, *CELLS])

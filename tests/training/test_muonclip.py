@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from k25lite.training import muonclip, qk_clip
+from k25lite.training import qk_clip
 from k25lite.training.muonclip import MuonClip, newton_schulz, split_parameters
 from k25lite.training.qk_clip import QKClip, max_logits
 from k25lite.vision import MoonViT3D, MoonViT3DConfig, Projector
@@ -211,7 +211,7 @@ def test_the_maxima_are_those_of_the_pairs_that_attend(layout, kind, chunk, monk
         return original(module, query, key, *args, **kwargs)
 
     original = qk_clip.sdpa_attention_forward
-    monkeypatch.setattr(muonclip, "sdpa_attention_forward", spy)
+    monkeypatch.setattr(qk_clip, "sdpa_attention_forward", spy)
     monkeypatch.setitem(qk_clip.CHUNK_LOGITS, "cpu", chunk)
     clip = QKClip(model)
     assert torch.equal(model(ids, use_cache=False, **given).logits, expected_output)
@@ -407,3 +407,21 @@ def test_it_steps_on_a_gpu_as_on_the_cpu():
     train(other, MuonClip(other, lr=0.01, qk_clip_threshold=0.001), [ids.cuda()])
     for name, p in other.named_parameters():
         torch.testing.assert_close(p.cpu(), model.get_parameter(name), atol=2e-3, rtol=0.0, msg=name)
+
+
+def test_what_comes_trained_learns_at_its_own_rate():
+    """One step from the same gradients: the slow parts move a tenth as far, by either rule, and the others as before."""
+    moved = []
+    for slow in ((), ("0",)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimiser = MuonClip(model, 0.01, 0.0, qk_clip_threshold=None, slow=slow, slow_scale=0.1)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        optimiser.step()
+        moved.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    usual, scaled = moved
+    for name, movement in usual.items():
+        factor = 0.1 if name.startswith("0.") else 1.0
+        torch.testing.assert_close(scaled[name], factor * movement, rtol=1e-3, atol=1e-7)

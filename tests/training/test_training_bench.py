@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from k25lite.bench import PRODUCT, SUBJECT, Disagreement, Report, peak_activations
 from k25lite.cli import app
-from k25lite.training import bench, plain
+from k25lite.training import bench, bench_plain
 from k25lite.training.loop import train
 from k25lite.vision.bench import count_flops as count_vision_flops
 
@@ -37,8 +37,8 @@ def untimed(monkeypatch):
 def decoder_like(model, **changes):
     text = model.config.text_config
     shape = {"vocabulary": text.vocab_size, "width": text.hidden_size, "layers": text.num_hidden_layers}
-    shape |= {"heads": text.num_attention_heads, "parameters": plain.active_parameters(model.language_model)}
-    return plain.PlainDecoder(**shape | changes)
+    shape |= {"heads": text.num_attention_heads, "parameters": bench_plain.active_parameters(model.language_model)}
+    return bench_plain.PlainDecoder(**shape | changes)
 
 
 def test_the_plain_decoder_is_a_llama(quick):
@@ -97,7 +97,7 @@ def sees_the_future(decoder):
 )
 def test_a_wrong_plain_decoder_is_refused_before_anything_is_timed(quick, monkeypatch, untimed, spoil, message):
     decoder = decoder_like(quick.model())
-    plain.refuse_unequal_work("case", decoder, quick.model(), quick.batch(quick.rows(2)))
+    bench_plain.refuse_unequal_work("case", decoder, quick.model(), quick.batch(quick.rows(2)))
     monkeypatch.setattr(bench, "PlainDecoder", lambda *_: spoil(decoder))
     with pytest.raises(Disagreement, match=message):
         quick.language()
@@ -108,20 +108,20 @@ def test_a_language_model_that_ignores_documents_is_refused(quick, monkeypatch, 
     forward = model.forward
     model.forward = lambda input_ids, position_ids: forward(input_ids)
     with pytest.raises(Disagreement, match="k25lite lets a token see"):
-        plain.refuse_unequal_work("case", decoder_like(model), model, quick.batch(quick.rows(2)))
+        bench_plain.refuse_unequal_work("case", decoder_like(model), model, quick.batch(quick.rows(2)))
 
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_the_plain_decoder_has_as_many_active_parameters_at_the_measured_size(quick, moe):
     model = replace(quick, quick=False).model(moe)
-    active = plain.active_parameters(model.language_model)
-    assert plain.active_parameters(decoder_like(model)) == pytest.approx(active, rel=0.01)
+    active = bench_plain.active_parameters(model.language_model)
+    assert bench_plain.active_parameters(decoder_like(model)) == pytest.approx(active, rel=0.01)
     total = sum(p.numel() for p in model.language_model.parameters())
     assert (active < 0.6 * total) if moe else (active == total)
 
 
 def test_experts_add_only_their_router_to_what_a_token_meets(quick):
-    dense, experts = (plain.active_parameters(quick.model(moe).language_model) for moe in (False, True))
+    dense, experts = (bench_plain.active_parameters(quick.model(moe).language_model) for moe in (False, True))
     assert experts - dense == 8 * 32  # experts x width, in the second of two layers
 
 
@@ -132,7 +132,7 @@ def test_flops_are_those_torch_counts(quick):
         # Plain matrix products, which torch can count, instead of fused attention.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             contender(**inputs)
-        assert counter.get_total_flops() == plain.count_flops(contender, batch)
+        assert counter.get_total_flops() == bench_plain.count_flops(contender, batch)
 
 
 def test_flops_of_vision_are_the_encoders_and_the_projectors(quick):
@@ -141,7 +141,7 @@ def test_flops_of_vision_are_the_encoders_and_the_projectors(quick):
     text = {name: tensor for name, tensor in batch.items() if name not in ("pixel_values", "grid_thw")}
     vision = count_vision_flops(model.vision_tower.config, [(4, 4, 4)] * 4)
     projector = 4 * 4 * 2 * (128 * 128 + 128 * 32)  # chunks x tokens; two matrices
-    assert plain.count_flops(model, batch) - plain.count_flops(model, text) == vision + projector
+    assert bench_plain.count_flops(model, batch) - bench_plain.count_flops(model, text) == vision + projector
 
 
 def test_saved_activations_by_hand():
