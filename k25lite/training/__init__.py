@@ -1,1 +1,1 @@
-"""Training stages, one module each. So far: the ViT stage."""
+"""Training stages: captions (`vit`, `joint.vit_stage`), joint text-vision training (`joint`), and what they are made of."""

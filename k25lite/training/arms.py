@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
+from k25lite.training.pool import side_by_side
 from k25lite.training.vit import VisionReader, evaluate, make_examples, train
 from k25lite.vision import MoonViT3DConfig
 from k25lite.world.scenes import SceneSpec
@@ -63,35 +60,27 @@ def run_arms(
 ) -> Outcome:
     """Train and test every arm with every seed.
 
-    The runs are independent and small, so they go side by side: on a CPU one thread to a run wastes least, and on a GPU a
-    single run leaves most of the device idle. A seed fixes the data, the initial weights and the order, whatever the arm.
+    The runs are independent and small, so they go side by side. A seed fixes the data, the initial weights and the order,
+    whatever the arm.
 
     Raises:
         Whatever a run raised, once the other runs are cancelled.
     """
-    cores = os.cpu_count() or 1
-    workers = min(workers or (cores if device == "cpu" else min(8, cores)), len(arms) * len(seeds))
     starts = starts or {}
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        jobs = {
-            (arm.name, seed): pool.submit(_run, arm, seed, device, starts.get((arm.starts_from or "", seed)))
-            for seed in seeds
-            for arm in arms
-        }
-        for job in tqdm(as_completed(jobs.values()), total=len(jobs), desc="arms x seeds", disable=not progress):
-            job.result()  # raises at the first failure, not after the last run
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-    answers, logs, weights = zip(*(job.result() for job in jobs.values()), strict=True)
+    jobs = [(arm, seed, device, starts.get((arm.starts_from or "", seed))) for seed in seeds for arm in arms]
+    outcomes = side_by_side(_run, jobs, workers=workers, title="arms x seeds", progress=progress)
+    names = [(arm.name, seed) for arm, seed, *_ in jobs]
+    answers, logs, weights = zip(*outcomes, strict=True)
     return Outcome(
-        pd.concat(answers, ignore_index=True), pd.concat(logs, ignore_index=True), dict(zip(jobs, weights, strict=True))
+        pd.concat(answers, ignore_index=True),
+        pd.concat(logs, ignore_index=True),
+        dict(zip(names, weights, strict=True)),
     )
 
 
-def _run(arm: Arm, seed: int, device: str, start: Weights | None):
+def _run(job: tuple[Arm, int, str, Weights | None]) -> tuple[pd.DataFrame, pd.DataFrame, Weights]:
     """One arm with one seed, in a process of its own: its answers, its log, its weights."""
-    torch.set_num_threads(1)
+    arm, seed, device, start = job
     # Streams of a seed are numbered, so that no two of its training sets, nor a test set, share a stream. They begin where
     # no seed was looked at while the learning rate and the sizes were chosen.
     stream = 1_000 * (seed + 100)

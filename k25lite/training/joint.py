@@ -47,7 +47,7 @@ class Budget:
 
 
 BUDGETS = {
-    "smoke": Budget(caption_rows=40, rows=200, questions=16, curve_questions=8),
+    "smoke": Budget(caption_rows=20, rows=100, questions=8, curve_questions=2),
     "lite": Budget(caption_rows=3_000, rows=12_000, questions=400, curve_questions=100),
     "full": Budget(caption_rows=3_000, rows=16_000, questions=400, curve_questions=100),
 }

@@ -119,7 +119,7 @@ def train(
     wrapped, optimiser = accelerator.prepare(model.train(), optimiser)
     if trackers:
         accelerator.init_trackers("k25lite", config={"optimiser": recipe.optimiser, "peak": recipe.learning_rate.peak})
-    saver = Saver(checkpoints, accelerator, fingerprint(model, steps, recipe)) if checkpoints else None
+    saver = Saver(checkpoints, accelerator, fingerprint(model, steps, rows, recipe)) if checkpoints else None
     first, log, scores = saver.resume() if saver else (0, [], [])
     consumed = rows_in(steps)
     for step in tqdm(range(first, len(steps)), leave=False, mininterval=1.0, disable=not progress or rank > 0):
@@ -203,10 +203,16 @@ def has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def fingerprint(model: K25Lite, steps: Sequence[Step], recipe: Recipe) -> str:
-    """Of the training, so that no checkpoint of another one is taken for its own."""
+def fingerprint(model: K25Lite, steps: Sequence[Step], rows: Mapping[str, Sequence[Row]], recipe: Recipe) -> str:
+    """Of the training, its data and its initial weights, so that no checkpoint of another one is taken for its own."""
     what = [model.config.to_json_string(), asdict(recipe), steps]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(what).encode())
+    for stream in rows.values():
+        for row in stream:
+            digest.update(row.input_ids.tobytes())
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Saver:
@@ -236,7 +242,7 @@ class Saver:
         state = json.loads((last / "progress.json").read_text())
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
-                f"{last} is a checkpoint of another model, plan or recipe: use another folder, or remove it"
+                f"{last} is a checkpoint of another model, plan, data or recipe: use another folder, or remove it"
             )
         self.accelerator.load_state(str(last))
         return state["step"], state["log"], state["scores"]

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
@@ -35,9 +36,7 @@ def side_by_side(
     """
     cores = os.cpu_count() or 1
     workers = min(workers or (min(GPU_WORKERS, cores) if torch.cuda.is_available() else cores), len(jobs)) or 1
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    )
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
     try:
         futures = [pool.submit(run, job) for job in jobs]
         for done in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not progress):
@@ -45,3 +44,8 @@ def side_by_side(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return [future.result() for future in futures]
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    disable_progress_bar()  # of weights being read and written: several at once are noise

@@ -1,4 +1,4 @@
-"""The Lite World: what the models learn from, generated from a seed. So far: scenes of shapes and digits, and clips."""
+"""The Lite World: what the models learn from, generated from a seed. `families` is the way in; `show` draws samples."""
 
 from k25lite.world.scenes import Question, Scene, SceneSpec, draw, sample_scenes
 

@@ -22,7 +22,8 @@ def show(family: str, count: int = 3, *, seed: int = 0, test: bool = False) -> F
         raise ValueError(f"no family {family!r}; there are {', '.join(FAMILIES)}")
     world, random = LiteWorld(seed), Random(seed)
     documents = [(world.question if test else world.document)(family, random) for _ in range(count)]
-    figure, axes = plt.subplots(1, count, figsize=(3.4 * count, 2.4), squeeze=False)
+    height = 2.4 if documents[0].media else 1.1
+    figure, axes = plt.subplots(1, count, figsize=(3.4 * count, height), squeeze=False)
     for ax, document in zip(axes[0], documents, strict=True):
         if document.media:
             ax.imshow(contact_sheet(document), interpolation="nearest")

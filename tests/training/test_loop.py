@@ -184,10 +184,14 @@ def test_a_checkpoint_of_another_training_is_refused(make_model, rows, tmp_path)
     train(make_model(), STEPS, rows, RECIPE, checkpoints=tmp_path, checkpoint_every=5, progress=False)
     assert (tmp_path / "last").exists()
     for other in (Recipe(LearningRate(1e-3)), Recipe(LearningRate(3e-3), optimiser="adamw")):
-        with pytest.raises(ValueError, match="another model, plan or recipe"):
+        with pytest.raises(ValueError, match="another model, plan, data or recipe"):
             train(make_model(), STEPS, rows, other, checkpoints=tmp_path, progress=False)
-    with pytest.raises(ValueError, match="another model, plan or recipe"):
-        train(make_model(num_hidden_layers=1), STEPS, rows, RECIPE, checkpoints=tmp_path, progress=False)
+    for model in (make_model(num_hidden_layers=1), make_model(seed=1)):
+        with pytest.raises(ValueError, match="another model, plan, data or recipe"):
+            train(model, STEPS, rows, RECIPE, checkpoints=tmp_path, progress=False)
+    other_data = rows | {"text": rows["text"][::-1]}
+    with pytest.raises(ValueError, match="another model, plan, data or recipe"):
+        train(make_model(), STEPS, other_data, RECIPE, checkpoints=tmp_path, progress=False)
 
 
 def test_no_room_is_said_before_training_starts(make_model, rows, tmp_path, monkeypatch):
