@@ -18,7 +18,9 @@ def k25lite(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run([K25LITE, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options)
 
 
-@pytest.mark.parametrize("command", [[], ["reproduce"], ["record"], ["bench"], ["bench", "vision"]])
+@pytest.mark.parametrize(
+    "command", [[], ["reproduce"], ["record"], ["bench"], ["bench", "vision"], ["bench", "training"]]
+)
 def test_help_needs_no_torch_and_gives_examples(command):
     shown = k25lite(*command, "--help")
     assert shown.returncode == 0
