@@ -106,9 +106,11 @@ class PatchEmbedding(nn.Module):
         """[patches, 3, p, p] in raster order -> [patches, hidden] in the encoder's order."""
         # A convolution whose stride is its kernel is one matrix product over flattened patches.
         patches = F.linear(pixel_values.flatten(1), self.proj.weight.flatten(1), self.proj.bias)
-        hidden = patches[layout.order] + self.pos_emb.spatial(layout.sizes)[layout.position]
+        places = self.pos_emb.spatial(layout.sizes)
+        # index_select, not brackets: their backward adds up in any order on several CPU threads.
+        hidden = patches.index_select(0, layout.order) + places.index_select(0, layout.position)
         if self.temporal_embedding and any(t > 1 for t, _, _ in layout.grids):
-            hidden = hidden + self.pos_emb.temporal()[layout.frame]
+            hidden = hidden + self.pos_emb.temporal().index_select(0, layout.frame)
         return hidden
 
 

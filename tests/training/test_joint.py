@@ -16,12 +16,8 @@ TINY = Budget(caption_rows=20, rows=100, questions=4, curve_questions=2)
 
 @pytest.fixture(autouse=True)
 def stages(tmp_path, monkeypatch):
-    """A cache of their own, and one thread, as stages have it: with more, torch adds up some gradients in any order."""
     monkeypatch.setenv("K25LITE_STAGES", str(tmp_path))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path
 
 
 def test_same_seed_same_result_and_another_seed_another(stages, monkeypatch):

@@ -194,3 +194,20 @@ def test_the_gpu_gives_what_the_cpu_gives(lite, dtype, tolerance):
     there.load_state_dict(lite.state_dict())
     out = there.to("cuda", dtype)(pixel_values.to("cuda", dtype), grid_thw).pooler_output.cpu().float()
     assert ((out - expected).norm() / expected.norm()).item() < tolerance
+
+
+def test_gradients_are_the_same_to_the_bit_on_two_threads(lite):
+    """Many items that share positions: their gradients meet in one place, and must be added up in one order."""
+    x, grid = patches([[1, 2, 2]] * 24 + [[1, 4, 4]] * 40 + [[4, 4, 4]] * 8, 8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = []
+        for _ in range(5):
+            lite.zero_grad()
+            lite(x, grid).pooler_output.sin().mean().backward()
+            runs.append(torch.cat([p.grad.flatten() for p in lite.parameters()]))
+    finally:
+        torch.set_num_threads(threads)
+        lite.zero_grad()
+    assert all(torch.equal(runs[0], other) for other in runs[1:])
