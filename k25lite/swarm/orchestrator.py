@@ -1,0 +1,259 @@
+"""The orchestrator: an agent that makes sub-agents, sets them to work at the same time, and answers from their results.
+
+Source: Kimi K2.5 report, section 3. Each sub-agent begins with a fresh context and only its result comes back (context
+sharding). Whether, when and how to split a task is up to the policy, not to this code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from k25lite.swarm.agent import Agent, Result, Work
+from k25lite.swarm.context import Context, keep_all
+from k25lite.swarm.limits import NO_LIMITS, Account, Limits
+from k25lite.swarm.policy import Policy
+from k25lite.swarm.tools import Tool, as_tools
+from k25lite.swarm.trace import Trace
+
+ROOT = "0"
+# As published with the model for wide search: main and sub-agents at most 100 steps each.
+OWN_LIMITS = SUB_LIMITS = Limits(steps=100)
+PROMPT = """You are the orchestrator of a team. You can work on the task yourself, or split it: create sub-agents with
+create_subagent, each with instructions of its own, and give them tasks with assign_task. Tasks that you assign in one turn
+are worked on at the same time; a sub-agent knows nothing but its instructions and the task you give it, and you see nothing
+of its work but the result. When you have what you need, answer without calling a tool."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """What sub-agents are made of, and how many there may be.
+
+    Attributes:
+        policy: that of every sub-agent; they do not learn. tools: what they may be given.
+        limits: of each assignment; its critical steps are limited by what the whole run has left as well.
+        max_parallel: assignments worked on at the same time, at each depth; the others wait.
+        max_assignments: over the whole run. max_depth: 1 lets only the orchestrator set others to work.
+        retries: how often a failed assignment is begun again.
+    """
+
+    policy: Policy
+    tools: Mapping[str, Tool]
+    limits: Limits = SUB_LIMITS
+    context: Context = keep_all
+    max_parallel: int = 100
+    max_assignments: int = 100_000
+    max_depth: int = 1
+    retries: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.max_parallel, self.max_assignments, self.max_depth) < 1 or self.retries < 0:
+            raise ValueError(f"a team needs room for one assignment at least, got {self}")
+
+
+class Executor(Protocol):
+    """Where an assignment is worked on: in this event loop (the default), or elsewhere."""
+
+    async def __call__(self, work: Work, prompt: str) -> Result: ...
+
+
+async def in_this_loop(work: Work, prompt: str) -> Result:
+    return await work.run(prompt)
+
+
+class Orchestrator:
+    """An agent with a team.
+
+    Example:
+        >>> policy = ScriptedPolicy([Reply(calls=(call("create_subagent", name="a", system_prompt="Add."),)), "4"])
+        >>> Orchestrator(policy).run_sync("2 + 2 = ?").answer
+        '4'
+
+    Args:
+        policy: of the orchestrator.
+        tools: its own, beside `create_subagent` and `assign_task`.
+        sub_policy: of sub-agents, by default the same. sub_tools: by default the same.
+        limits: of the orchestrator with all its sub-agents; its steps are counted apart in `own_limits`.
+        team: changes to the fields of `Team`: limits, max_parallel, max_depth, retries, ...
+        executor: where sub-agents work.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tools: Iterable[Callable[..., Any] | Tool] = (),
+        *,
+        sub_policy: Policy | None = None,
+        sub_tools: Iterable[Callable[..., Any] | Tool] | None = None,
+        system_prompt: str = PROMPT,
+        limits: Limits = NO_LIMITS,
+        own_limits: Limits = OWN_LIMITS,
+        context: Context = keep_all,
+        team: Mapping[str, Any] | None = None,
+        executor: Executor = in_this_loop,
+    ):
+        own = as_tools(tools)
+        self.team = Team(sub_policy or policy, own if sub_tools is None else as_tools(sub_tools), **team or {})
+        self.limits, self.executor = limits, executor
+        self.agent = Agent("orchestrator", policy, system_prompt, own, own_limits, context)
+
+    async def run(self, task: str, trace: Trace | None = None) -> Result:
+        """Work on a task until there is an answer, or a reason why not; nothing is left running.
+
+        Args:
+            trace: where events go. One that holds the unfinished run of this task is resumed: what the orchestrator and
+                its sub-agents did is recalled, and assignments that ended are not worked on again.
+
+        Raises:
+            ValueError: the trace is of another task, or of a run that has ended.
+            TraceError: the trace cannot be written.
+        """
+        trace = trace or Trace()
+        trace.begin(task, _given(self.limits))
+        total = Account(self.limits)
+        account, critical = Account(self.agent.limits, total), self.limits.critical_steps
+        spawning = _Run(self.team, self.executor, trace, total).tools_of(1)
+        work = Work(self.agent, ROOT, trace, account, critical, spawning)
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                result = await work.run(task)
+        except TimeoutError:
+            result = Result("failed", "", f"limit of {self.limits.seconds} seconds reached")
+        result = Result(
+            result.status, result.answer, result.reason, total.steps, work.critical_steps, total.tokens, total.money
+        )
+        trace.write("end", **result.fields())
+        trace.flush()
+        return result
+
+    def run_sync(self, task: str, trace: Trace | None = None) -> Result:
+        """`run`, where no event loop is running."""
+        return asyncio.run(self.run(task, trace))
+
+
+class Places:
+    """So many at a time, first come first served; with asyncio's semaphore each release looks at all who wait."""
+
+    def __init__(self, count: int):
+        self.free = count
+        self.waiting: deque[asyncio.Future[None]] = deque()
+
+    async def __aenter__(self) -> None:
+        if self.free:
+            self.free -= 1
+            return
+        place = asyncio.get_running_loop().create_future()
+        self.waiting.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if not place.cancelled():  # it was given the place in the same moment
+                self._give_up()
+            raise
+
+    async def __aexit__(self, *error: object) -> None:
+        self._give_up()
+
+    def _give_up(self) -> None:
+        while self.waiting:
+            place = self.waiting.popleft()
+            if not place.done():
+                return place.set_result(None)
+        self.free += 1
+
+
+class _Run:
+    """What the assignments of one run share."""
+
+    def __init__(self, team: Team, executor: Executor, trace: Trace, total: Account):
+        self.team, self.executor, self.trace, self.total = team, executor, trace, total
+        # One for each depth: an agent that waits for its sub-agents must not keep the place they need.
+        self.places = [Places(team.max_parallel) for _ in range(team.max_depth)]
+        self.assignments = 0
+
+    def tools_of(self, depth: int) -> Callable[[Work], Mapping[str, Tool]]:
+        """The tools by which a work makes sub-agents at `depth` and sets them to work."""
+
+        def tools(work: Work) -> Mapping[str, Tool]:
+            team, agents = self.team, dict[str, Agent]()
+
+            async def create_subagent(
+                name: str, system_prompt: str, tools: list[str] | None = None, *, path: str
+            ) -> str:
+                """Create a sub-agent with instructions of its own, to be given tasks by its name.
+
+                `tools` names those it may use; by default all that sub-agents can have.
+                """
+                allowed = (
+                    team.tools if tools is None else {tool: team.tools[tool] for tool in tools if tool in team.tools}
+                )
+                if unknown := set(tools or ()) - set(team.tools):
+                    return f"error: no tools {sorted(unknown)}; there are: {', '.join(team.tools) or 'none'}"
+                if name in agents:
+                    return f"error: there is a sub-agent {name!r} already"
+                if len(agents) >= team.max_assignments:
+                    return f"error: no more than {team.max_assignments} sub-agents"
+                agents[name] = Agent(name, team.policy, system_prompt, allowed, team.limits, team.context)
+                if not self.trace.is_begun(path):
+                    self.trace.write("subagent", path=path, name=name, system_prompt=system_prompt, tools=list(allowed))
+                return f"created {name}"
+
+            async def assign_task(agent: str, prompt: str, *, path: str) -> str:
+                """Give a sub-agent a task and wait for its result. Assign several in one turn to have them done at once."""
+                if agent not in agents:
+                    return f"error: no sub-agent {agent!r}; there are: {', '.join(agents) or 'none'}"
+                return await self.assign(work, agents[agent], prompt, path, depth)
+
+            both = (Tool(create_subagent, spawns=True), Tool(assign_task, spawns=True))
+            return {tool.name: tool for tool in both}
+
+        return tools
+
+    async def assign(self, work: Work, agent: Agent, prompt: str, path: str, depth: int) -> str:
+        """The result of an assignment as its giver is told it."""
+        self.assignments += 1
+        if self.assignments > self.team.max_assignments:
+            return f"error: no more than {self.team.max_assignments} assignments"
+        spawning = self.tools_of(depth + 1) if depth < self.team.max_depth else None
+        left = None if work.critical_left is None else work.critical_left - work.critical_steps
+        critical_steps = 0
+        async with self.places[depth - 1]:
+            for attempt in range(1, self.team.retries + 2):
+                this = path if attempt == 1 else f"{path}#{attempt}"
+                limit = _least(left, agent.limits.critical_steps)
+                sub = Work(agent, this, self.trace, Account(agent.limits, self.total), limit, spawning)
+                result = await self._result(sub, work.path, prompt, attempt)
+                critical_steps += result.critical_steps
+                left = None if left is None else left - result.critical_steps
+                if result.done or (left is not None and left <= 0):
+                    break
+        work.sub_steps.append(critical_steps)
+        return result.answer if result.done else f"failed: {result.reason}"
+
+    async def _result(self, sub: Work, parent: str, prompt: str, attempt: int) -> Result:
+        """Work on it, or recall how it ended."""
+        trace, path = self.trace, sub.path
+        if (past := trace.result(path)) is not None:
+            result = Result(**{name: past[name] for name in Result.__slots__})
+            sub.account.pay(result.tokens, result.cost, result.steps)
+            return result
+        if not trace.is_begun(path):
+            trace.write("assign", path=path, parent=parent, agent=sub.agent.name, prompt=prompt, attempt=attempt)
+        try:
+            result = await self.executor(sub, prompt)
+        except asyncio.CancelledError:
+            trace.write("result", path=path, attempt=attempt, **sub.result(reason="cancelled with the run").fields())
+            raise
+        trace.write("result", path=path, attempt=attempt, **result.fields())
+        return result
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _given(limits: Limits) -> dict[str, Any]:
+    return {name: value for name, value in asdict(limits).items() if value is not None}
