@@ -1,12 +1,15 @@
 """The stage cache: what a stage left is kept under a key of its configuration and of the code that made it.
 
 A later notebook finds what an earlier one trained, and a notebook opened alone trains what it needs. Any change to the
-library's models, world or training makes a new key: stale weights are never taken for fresh ones.
+module that defines a stage, or to anything of this package that it imports, makes a new key: stale weights are never taken
+for fresh ones, and work on a later stage costs no earlier one.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -20,7 +23,6 @@ import torch
 import transformers
 
 PACKAGE = Path(__file__).resolve().parents[1]
-CODE = ("model.py", "processing.py", "vision", "world", "training")  # what can change the outcome of a stage
 
 
 def stages_folder() -> Path:
@@ -37,7 +39,7 @@ def cached(name: str, config: Any, build: Callable[[Path], None]) -> Path:
     Args:
         config: everything the outcome depends on beside the code, as JSON can say it.
     """
-    folder = stages_folder() / f"{name}-{key(config)}"
+    folder = stages_folder() / f"{name}-{key(config, Path(inspect.getfile(build)))}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -55,18 +57,38 @@ def cached(name: str, config: Any, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def key(config: Any) -> str:
-    """Of a configuration, the code, and the versions and kind of device that numbers depend on."""
+def key(config: Any, module: Path) -> str:
+    """Of a configuration, the code of a module, and the versions and kind of device that numbers depend on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    what = [config, code_hash(), torch.__version__, transformers.__version__, device]
+    what = [config, code_hash(module), torch.__version__, transformers.__version__, device]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache
-def code_hash() -> str:
+def code_hash(module: Path) -> str:
+    """Of a module's source and that of all modules of this package that it imports, directly or not."""
     digest = hashlib.sha256()
-    for name in CODE:
-        path = PACKAGE / name
-        for file in sorted(path.rglob("[!b]*.py")) if path.is_dir() else [path]:  # benchmarks change no outcome
-            digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
+    for file in sorted(imported(module)):
+        digest.update(os.path.relpath(file, PACKAGE).encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def imported(module: Path) -> set[Path]:
+    """The files of a module and of everything in this package that its import statements lead to."""
+    found: set[Path] = set()
+    left = [module]
+    while left:
+        if (file := left.pop()) in found:
+            continue
+        found.add(file)
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        for name in names:
+            if name.split(".")[0] == PACKAGE.name:
+                path = PACKAGE.parent.joinpath(*name.split("."))
+                left += [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()]
+    return found

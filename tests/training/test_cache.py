@@ -6,7 +6,7 @@ import time
 import pytest
 
 from k25lite.training import cache
-from k25lite.training.cache import cached, key
+from k25lite.training.cache import cached, imported, key
 
 
 @pytest.fixture(autouse=True)
@@ -27,23 +27,29 @@ def test_built_once_for_a_configuration():
     assert (again / "weights").read_text() == "a"
 
 
-def test_a_change_of_the_code_makes_a_new_key(tmp_path, monkeypatch):
-    package = tmp_path / "package"
-    for name in cache.CODE:
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".py"):
-            (package / name).write_text("x = 1\n")
-        else:
-            (package / name).mkdir()
-            (package / name / "module.py").write_text("x = 1\n")
+def test_a_change_of_imported_code_makes_a_new_key_and_of_other_code_does_not(tmp_path, monkeypatch):
+    package = tmp_path / "k25lite"
+    (package / "world").mkdir(parents=True)
+    stage, near, far, other = (package / name for name in ("stage.py", "near.py", "world/far.py", "other.py"))
+    stage.write_text("from k25lite import near\n")
+    near.write_text("def f():\n    from k25lite.world.far import x\n")
     monkeypatch.setattr(cache, "PACKAGE", package)
-    keys = []
-    for text in ("x = 1\n", "x = 2\n", "x = 1\n"):
-        (package / "world" / "module.py").write_text(text)
+
+    def key_with(**texts):
+        far.write_text(texts.get("far", "x = 1\n"))
+        other.write_text(texts.get("other", "x = 1\n"))
         cache.code_hash.cache_clear()
-        keys.append(key({}))
-    cache.code_hash.cache_clear()
-    assert keys[0] == keys[2] != keys[1]
+        return key({}, stage)
+
+    before = key_with()
+    assert key_with(far="x = 2\n") != before
+    assert key_with(other="x = 2\n") == before
+
+
+def test_a_stage_depends_on_the_world_the_models_and_its_training_and_on_no_benchmark():
+    files = {file.relative_to(cache.PACKAGE).as_posix() for file in imported(cache.PACKAGE / "training" / "joint.py")}
+    assert {"model.py", "vision/moonvit3d.py", "world/families.py", "training/loop.py", "training/muonclip.py"} <= files
+    assert not {file for file in files if "bench" in file}
 
 
 def test_a_build_that_fails_leaves_nothing(folder):
