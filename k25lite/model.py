@@ -28,12 +28,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from k25lite.vision import MoonViT3D, MoonViT3DConfig, Projector
 
 
-def lite_text_config(vocab_size: int, moe: bool = True, **changes: Any) -> DeepseekV3Config:
+def lite_text_config(vocab_size: int, moe: bool = False, **changes: Any) -> DeepseekV3Config:
     """A small DeepSeek-V3; `changes` are fields of `DeepseekV3Config`.
 
-    With `moe`, every layer but the first is a mixture of 8 routed experts, 2 active, and one that all tokens share. Experts
-    are sized, and routed ones scaled, so that a token meets as many parameters, and at initialisation as strong a layer,
-    as in the dense model.
+    Dense by default: on a CPU it trains a fifth faster than experts with as many active parameters, and no worse (notebook
+    02). With `moe`, every layer but the first is a mixture of 8 routed experts, 2 active, and one that all tokens share.
+    Experts are sized, and routed ones scaled, so that a token meets as many parameters, and at initialisation as strong a
+    layer, as in the dense model.
     """
     small = {
         "hidden_size": 128,
@@ -102,7 +103,7 @@ class K25LiteConfig(PreTrainedConfig):
         cls,
         vocab_size: int,
         *,
-        moe: bool = True,
+        moe: bool = False,
         media_token_id: int = 3,
         vision_config: MoonViT3DConfig | None = None,
         **changes: Any,
@@ -111,7 +112,7 @@ class K25LiteConfig(PreTrainedConfig):
 
         Args:
             vocab_size: of the tokenizer; ids 0, 1 and 3 are padding, end and media, as `build_tokenizer` numbers them.
-            moe: mixture of experts with the active parameters of the dense model, or the dense model.
+            moe: a mixture of experts with the active parameters of the dense model.
             changes: fields of the language model's `DeepseekV3Config`, such as `initializer_range`.
         """
         text = lite_text_config(vocab_size, moe, **changes)

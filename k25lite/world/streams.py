@@ -19,7 +19,7 @@ from k25lite.world.families import Document, LiteWorld
 
 # Shares of the documents of each stream, chosen so that every family gets a similar number of answers to learn from.
 TEXT_MIX = {"text_knowledge": 0.4, "text_reasoning": 0.4, "code": 0.2}
-VISION_MIX = {"vision_knowledge": 0.4, "vision_reasoning": 0.35, "ocr": 0.1, "handwriting": 0.05, "video": 0.1}
+VISION_MIX = {"vision_knowledge": 0.3, "vision_reasoning": 0.3, "ocr": 0.1, "handwriting": 0.05, "video": 0.25}
 OPEN_ROWS = 16  # rows that packing keeps open: more waste less, and hold documents back longer
 PIXELS_PER_TOKEN = 16  # side of the square of pixels one vision token covers: patches of 8, merged 2 x 2
 
