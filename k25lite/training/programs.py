@@ -116,7 +116,7 @@ def words(value: Any) -> Iterator[str]:
         yield from words(list(value.items()))
     elif isinstance(value, list | tuple) and value:
         for index, item in enumerate(value):
-            if index and isinstance(item, list | tuple | dict | np.ndarray):
+            if index and not isinstance(item, str):  # digits are tokens: 1 and 12 must not become 112
                 yield ","
             yield from words(item)
     elif isinstance(value, float):

@@ -3,7 +3,7 @@
 They look at pixels alone, of the boards and printed strings of `k25lite.world.pictures`; handwriting and sprites are not
 read. Zero-vision SFT has no pictures, so that a board of 2 x 2 cells may also be *told*, as four words row by row
 (`["red-disc", "none", "blue-ring", "none"]`), a cell as its word, and a printed string as itself: the same program then
-gives the same answer. What is told has no pixels to mask or to measure.
+gives the same answer; only the box of a thing is that of its cell. What is told has no pixels to mask or to measure.
 
 A picture is uint8 [height, width, 3], a box (left, top, right, bottom) in pixels, right and bottom exclusive. A word names
 a colour ("red"), a shape ("disc"), a thing ("red-disc"), or nothing ("none"). What a function cannot take raises TypeError
@@ -85,8 +85,14 @@ def area(mask: np.ndarray) -> int:
     return int(_mask(mask).sum())
 
 
-def box(img: np.ndarray, word: str) -> Box | None:
-    """The box of a picture's first thing, by cells, of that colour or shape or both; None if there is none."""
+def box(img: Board, word: str) -> Box | None:
+    """The box of the first thing, by cells, of that colour or shape or both; None if there is none. If told, its cell's."""
+    if not isinstance(img, np.ndarray):
+        where = find(img, word)
+        if where == "none":
+            return None
+        y, x = (CELL * part for part in divmod(CELLS.index(where), 2))
+        return x, y, x + CELL, y + CELL
     columns = max(_picture(img).shape[1] // CELL, 1)
     for index, paints in enumerate(_crops(_paints(img))):
         seen, (left, top, right, bottom) = _see(paints)
@@ -147,8 +153,8 @@ def read(img: np.ndarray | str) -> str:
     return "".join(CHARACTERS[index] for index in best[:, style].argmax(1))
 
 
-ON_BOARDS = (cell, cells, colour, shape, thing, count, find, more)  # pictures or told
-ON_PIXELS = (mask, components, area, box, center)
+ON_BOARDS = (cell, cells, colour, shape, thing, count, find, more, box)  # pictures or told
+ON_PIXELS = (mask, components, area, center)
 TOOLS: dict[str, Callable[..., Any]] = {tool.__name__: tool for tool in (*ON_BOARDS, *ON_PIXELS, beside, read)}
 
 
