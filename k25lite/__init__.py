@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from k25lite.model import K25LiteConfig as K25LiteConfig
     from k25lite.processing import K25LiteProcessor as K25LiteProcessor
     from k25lite.results import Record as Record
+    from k25lite.swarm import Orchestrator as Orchestrator
     from k25lite.vision import MoonViT3D as MoonViT3D
     from k25lite.vision import MoonViT3DConfig as MoonViT3DConfig
 
@@ -19,9 +20,10 @@ _HOMES = {
     "K25LiteProcessor": "k25lite.processing",
     "MoonViT3D": "k25lite.vision",
     "MoonViT3DConfig": "k25lite.vision",
+    "Orchestrator": "k25lite.swarm",
     "Record": "k25lite.results",
 }
-__all__ = ["K25Lite", "K25LiteConfig", "K25LiteProcessor", "MoonViT3D", "MoonViT3DConfig", "Record"]
+__all__ = ["K25Lite", "K25LiteConfig", "K25LiteProcessor", "MoonViT3D", "MoonViT3DConfig", "Orchestrator", "Record"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 from k25lite.swarm.context import Context, keep_all
 from k25lite.swarm.limits import NO_LIMITS, Account, Exceeded, Limits
 from k25lite.swarm.policy import Message, Policy, Reply, ToolCall
-from k25lite.swarm.tools import Tool, cut
-from k25lite.swarm.trace import Trace, TraceError, redact
+from k25lite.swarm.tools import Tool, cut, describe, is_cancelled
+from k25lite.swarm.trace import Trace, TraceError
 
 MAX_CALLS = 256  # of tools in one step: a reply that asks for more is malformed
 
@@ -63,11 +64,11 @@ class Work:
     Args:
         path: of this assignment in the trace. account: pays for its steps.
         critical_left: how many critical steps it may take.
-        spawning: makes the tools by which this work sets others to work; `sub_steps` are theirs to fill.
+        spawning: tools by which this work sets others to work; they fill `spawned`.
     """
 
     __slots__ = (
-        "account", "agent", "critical_left", "critical_steps", "path", "schemas", "step", "sub_steps", "tools", "trace"
+        "account", "agent", "critical_left", "critical_steps", "path", "schemas", "spawned", "step", "tools", "trace"
     )  # fmt: skip
 
     def __init__(
@@ -77,13 +78,14 @@ class Work:
         trace: Trace,
         account: Account,
         critical_left: int | None = None,
-        spawning: Callable[[Work], Mapping[str, Tool]] | None = None,
+        spawning: Mapping[str, Tool] | None = None,
     ):
         self.agent, self.path, self.trace, self.account = agent, path, trace, account
         self.critical_left = critical_left
         self.critical_steps = self.step = 0
-        self.sub_steps: list[int] = []  # critical steps of each sub-agent of the stage under way
-        self.tools = {**agent.tools, **spawning(self)} if spawning else agent.tools
+        # Of the step under way: the call that made a sub-agent or set it to work -> its critical steps.
+        self.spawned: dict[str, int] = {}
+        self.tools = {**agent.tools, **spawning} if spawning else agent.tools
         self.schemas = [tool.schema for tool in self.tools.values()]
 
     async def run(self, prompt: str) -> Result:
@@ -93,23 +95,27 @@ class Work:
             TraceError: the trace cannot be written. CancelledError: from outside.
         """
         seconds = self.agent.limits.seconds
+        clock = None if seconds is None else asyncio.timeout(seconds)
         answer = reason = ""
         try:
-            if seconds is None:
+            if clock is None:
                 answer = await self._steps(prompt)
             else:
-                async with asyncio.timeout(seconds):
+                async with clock:
                     answer = await self._steps(prompt)
         except TraceError:
             raise
         except Exceeded as limit:
             reason = f"limit of {limit} reached"
         except Malformed as error:
-            reason = redact(str(error))
-        except TimeoutError as error:
-            reason = f"policy: timed out: {error}" if str(error) else f"limit of {seconds} seconds reached"
-        except Exception as error:
-            reason = cut(redact(f"policy: {type(error).__name__}: {error}"), 500)
+            reason = cut(self.trace.secrets.redact(str(error)), 500)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
+            if clock and clock.expired():
+                reason = f"limit of {seconds} seconds reached"
+            else:
+                reason = cut(self.trace.secrets.redact(f"policy: {describe(error)}"), 500)
         return self.result(answer, reason)
 
     def result(self, answer: str = "", reason: str = "") -> Result:
@@ -125,9 +131,9 @@ class Work:
         while True:
             if agent.context is not keep_all:
                 messages = await self._shorten(messages)
-            reply = await self.ask(messages)
+            reply = await self.ask(messages, self.schemas)
             if reply.refusal:
-                raise Malformed(cut(f"refused: {reply.refusal}", 500))
+                raise Malformed(f"refused: {reply.refusal}")
             if not reply.calls:
                 if not reply.content.strip():
                     raise Malformed("malformed: neither an answer nor a call")
@@ -141,90 +147,113 @@ class Work:
                 for call, content in zip(reply.calls, contents, strict=True)
             ]
 
-    async def ask(self, messages: Sequence[Message]) -> Reply:
+    async def ask(self, messages: Sequence[Message], schemas: Sequence[dict[str, Any]] = ()) -> Reply:
         """The policy's next step: counted, paid, and written to the trace, or recalled from it.
 
+        Args:
+            schemas: of the tools it may call, if this is not the last step.
+
         Raises:
-            Exceeded: there is no step left. Whatever the policy raises.
+            Exceeded: there is no step left, or it calls tools in the last one. Whatever the policy raises.
         """
-        if self.critical_left is not None and self.critical_steps >= self.critical_left:
+        account, step = self.account, self.step + 1
+        reply = self.trace.reply(self.path, step)
+        if reply is not None:
+            self.step, self.critical_steps = step, self.critical_steps + 1
+            account.recall(reply.tokens, reply.cost)
+            return reply
+        critical_left = inf if self.critical_left is None else self.critical_left - self.critical_steps
+        if critical_left <= 0:
             raise Exceeded("critical steps")
-        self.account.begin_step()
-        self.critical_steps += 1
-        self.step += 1
-        reply = self.trace.reply(self.path, self.step)
-        if reply is None:
-            began = self.trace.now()
-            is_last = self.account.is_last_step or self.critical_steps == self.critical_left
-            reply = _with_ids(await self.agent.policy(messages, [] if is_last else self.schemas), self.step)
-            self.trace.write(
-                "step",
-                path=self.path,
-                step=self.step,
-                began=began,
-                content=reply.content,
-                calls=[(call.id, call.name, call.arguments) for call in reply.calls],
-                refusal=reply.refusal,
-                prompt_tokens=reply.prompt_tokens,
-                completion_tokens=reply.completion_tokens,
-                cost=reply.cost,
-            )
-        self.account.pay(reply.tokens, reply.cost)
+        last = "steps" if account.begin_step() else "critical steps" if critical_left == 1 else None
+        self.step, self.critical_steps = step, self.critical_steps + 1
+        began = self.trace.now()
+        try:
+            reply = _with_ids(await self.agent.policy(messages, [] if last else schemas), step)
+        except BaseException:
+            self.step, self.critical_steps = self.step - 1, self.critical_steps - 1
+            account.pay(0, 0.0, -1)
+            raise
+        self.trace.write(
+            "step",
+            path=self.path,
+            step=step,
+            began=began,
+            content=reply.content,
+            calls=[(call.id, call.name, call.arguments) for call in reply.calls],
+            refusal=reply.refusal,
+            prompt_tokens=reply.prompt_tokens,
+            completion_tokens=reply.completion_tokens,
+            cost=reply.cost,
+        )
+        account.pay(reply.tokens, reply.cost)
+        if last and reply.calls:
+            raise Exceeded(last)
         return reply
 
     async def _shorten(self, messages: list[Message]) -> list[Message]:
+        steps, critical = self.agent.limits.steps, self.critical_left
+        if self.account.steps + 1 == steps or self.critical_steps + 1 == critical:
+            return messages  # the last step is for an answer, from all that is known
         shorter = await self.agent.context(messages, self.ask)
-        if shorter is not messages:
+        if shorter is not messages and not self.trace.is_begun(self.path, self.step + 1):
             self.trace.write("context", path=self.path, step=self.step + 1, kept=len(shorter), of=len(messages))
         return shorter
 
     async def _observe(self, calls: Sequence[ToolCall]) -> list[str]:
         """The observations of all calls of a step, made at the same time."""
-        self.sub_steps.clear()
-        if len(calls) == 1:
-            contents = [await self._call(0, calls[0])]
-        else:
+        try:
+            if len(calls) == 1:
+                return [await self._call(0, calls[0])]
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(self._call(index, call)) for index, call in enumerate(calls)]
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
-            contents = [task.result() for task in tasks]
-        if self.sub_steps:
-            self.critical_steps += max(self.sub_steps)
-        return contents
+            return [task.result() for task in tasks]
+        finally:
+            if self.spawned:
+                self.critical_steps += max(self.spawned.values())
+                self.spawned.clear()
+                self.trace.flush()
 
     async def _call(self, index: int, call: ToolCall) -> str:
         recalled = self.trace.observation(self.path, self.step, index)
-        tool = self.tools.get(call.name)
-        if recalled is not None and not (tool and tool.spawns):
+        if recalled is not None:
             return recalled
         began = self.trace.now()
+        tool = self.tools.get(call.name)
         if tool is None:
             content = f"error: no tool {call.name[:80]!r}; there are: {', '.join(self.tools) or 'none'}"
         elif tool.spawns:
-            content = await tool(call.arguments, f"{self.path}.{self.step}.{index}")
+            path = f"{self.path}.{self.step}.{index}"
+            content = await tool(call.arguments, by=self, path=path)
+            if path in self.spawned:
+                return content  # its own events tell it
         else:
             content = await tool(call.arguments)
-        # What an assignment came to stands in its result already.
-        if recalled is None and not (tool and tool.spawns and not content.startswith("error:")):
-            self.trace.write(
-                "observation",
-                path=self.path,
-                step=self.step,
-                index=index,
-                tool=call.name,
-                began=began,
-                content=content,
-            )
+        self.trace.write(
+            "observation",
+            path=self.path,
+            step=self.step,
+            index=index,
+            tool=call.name,
+            began=began,
+            content=content,
+        )
         return content
 
 
 def _with_ids(reply: Reply, step: int) -> Reply:
-    """The reply, its calls told apart by ids of our own where the policy gave none or gave one twice."""
-    if not reply.calls:
-        return reply
-    if len({call.id for call in reply.calls} - {""}) == len(reply.calls):
+    """The reply, its calls told apart by ids of our own where the policy gave none or gave one twice.
+
+    Raises:
+        Malformed: it is no reply.
+    """
+    if not isinstance(reply, Reply):
+        raise Malformed(f"malformed: the policy returned {type(reply).__name__}, not a reply")
+    ids = {call.id for call in reply.calls}
+    if len(ids) == len(reply.calls) and "" not in ids:
         return reply
     calls = (ToolCall(f"call_{step}_{index}", call.name, call.arguments) for index, call in enumerate(reply.calls))
     return replace(reply, calls=tuple(calls))

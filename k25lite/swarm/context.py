@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from k25lite.swarm.policy import Message, Reply
 
 Ask = Callable[[Sequence[Message]], Awaitable[Reply]]
-# Gets the messages and a way to ask the policy (a step like any other); returns the same list, or a shorter one.
+# Gets the messages and a way to ask the policy (a step like any other, without tools); returns the same list, or a shorter
+# one. It decides by the messages alone, so that a resumed run goes the same way; before a last step it is not asked.
 Context = Callable[[list[Message], Ask], Awaitable[list[Message]]]
 CHARACTERS_PER_TOKEN = 4  # where no tokenizer is at hand
 
@@ -57,12 +58,15 @@ class Summarise:
         if len(messages) == len(head) or (self.count or estimate)(messages) <= self.tokens:
             return messages
         reply = await ask([*messages, {"role": "user", "content": self.prompt}])
+        if not reply.content.strip():
+            return messages
         return [*head, {"role": "user", "content": f"What you found out so far:\n{reply.content}"}]
 
 
 def estimate(messages: Sequence[Message]) -> int:
     """About how many tokens these messages are."""
-    return sum(len(m["content"]) + len(json.dumps(m.get("tool_calls", ""))) for m in messages) // CHARACTERS_PER_TOKEN
+    calls = (json.dumps(message["tool_calls"]) for message in messages if "tool_calls" in message)
+    return (sum(len(message["content"]) for message in messages) + sum(map(len, calls))) // CHARACTERS_PER_TOKEN
 
 
 def _head(messages: Sequence[Message]) -> list[Message]:

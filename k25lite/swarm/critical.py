@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from k25lite.swarm.trace import Event, without_attempt
+from k25lite.swarm.trace import CANCELLED, Event, without_attempt
 
 ROOT = "0"
 
@@ -161,6 +161,10 @@ def summarise(events: Iterable[Event]) -> Summary:
             span = Span(event["path"], event["step"], "tool", event["tool"], event["began"], event["t"])
             assignments[event["path"]].spans.append(span)
             busy += span.seconds
+        elif kind == "resume":
+            for assignment in assignments.values():
+                if assignment.reason == CANCELLED:
+                    assignment.ended, assignment.status, assignment.reason = None, "running", ""
         elif kind in ("result", "end"):
             ended = assignments[event.get("path", ROOT)]
             ended.ended, ended.status = event["t"], event["status"]

@@ -17,8 +17,12 @@ class Limits:
     once they are used up, so at most the steps under way go beyond.
 
     Attributes:
-        steps: replies of policies. tokens: read and written. money: US dollars. seconds: of wall clock.
+        steps: replies of policies. tokens: read and written. money: US dollars.
         critical_steps: steps that could not be taken at the same time as others (see `critical.py`).
+        seconds: of wall clock. Those of an agent begin anew where a killed run is resumed, those of the run do not.
+
+    Raises:
+        ValueError: a limit that is not above 0.
     """
 
     steps: int | None = None
@@ -30,7 +34,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"a limit is above 0, got {field.name}={value}")
 
 
@@ -42,46 +46,49 @@ class Account:
 
     Args:
         limits: of this account. parent: the account that pays along.
+        reserve: steps of the parent's that this account leaves to it.
     """
 
-    __slots__ = ("limits", "money", "parent", "steps", "tokens")
+    __slots__ = ("limits", "money", "parent", "reserve", "steps", "tokens")
 
-    def __init__(self, limits: Limits, parent: Account | None = None):
-        self.limits, self.parent = limits, parent
+    def __init__(self, limits: Limits, parent: Account | None = None, reserve: int = 0):
+        self.limits, self.parent, self.reserve = limits, parent, reserve
         self.steps = self.tokens = 0
         self.money = 0.0
 
-    def begin_step(self) -> None:
-        """Count a step.
+    def begin_step(self) -> bool:
+        """Count a step, and tell whether it is the last one: no other can follow.
 
         Raises:
             Exceeded: this account, or one that pays along, has nothing left; then none has counted it.
         """
-        account: Account | None = self
-        while account is not None:
+        account, reserve, is_last = self, 0, False
+        while True:
             limits = account.limits
-            if limits.steps is not None and account.steps >= limits.steps:
-                raise Exceeded("steps")
+            if limits.steps is not None:
+                left = limits.steps - reserve - account.steps
+                if left <= 0:
+                    raise Exceeded("steps")
+                is_last = is_last or left == 1
             if limits.tokens is not None and account.tokens >= limits.tokens:
                 raise Exceeded("tokens")
             if limits.money is not None and account.money >= limits.money:
                 raise Exceeded("money")
-            account = account.parent
-        account = self
-        while account is not None:
-            account.steps += 1
-            account = account.parent
+            if account.parent is None:
+                break
+            account, reserve = account.parent, account.reserve
+        self.pay(0, 0.0, 1)
+        return is_last
+
+    def recall(self, tokens: int, money: float) -> None:
+        """Count a step that was paid for before a kill; those who pay along know of it already."""
+        self.steps, self.tokens, self.money = self.steps + 1, self.tokens + tokens, self.money + money
 
     def pay(self, tokens: int, money: float, steps: int = 0) -> None:
-        """Count what was used; steps only where they were not counted when they began."""
+        """Count what was used. Steps are counted when they begin, and given back (-1) if no reply came."""
         account: Account | None = self
         while account is not None:
             account.steps += steps
             account.tokens += tokens
             account.money += money
             account = account.parent
-
-    @property
-    def is_last_step(self) -> bool:
-        """Whether the step that has begun is the last one of this account."""
-        return self.limits.steps is not None and self.steps >= self.limits.steps

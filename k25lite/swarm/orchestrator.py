@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from k25lite.swarm.agent import Agent, Result, Work
 from k25lite.swarm.context import Context, keep_all
 from k25lite.swarm.limits import NO_LIMITS, Account, Limits
 from k25lite.swarm.policy import Policy
-from k25lite.swarm.tools import Tool, as_tools
-from k25lite.swarm.trace import Trace
+from k25lite.swarm.tools import Tool, as_tools, cut, describe, is_cancelled
+from k25lite.swarm.trace import CANCELLED, Trace, TraceError
 
 ROOT = "0"
 # As published with the model for wide search: main and sub-agents at most 100 steps each.
@@ -34,7 +34,7 @@ class Team:
 
     Attributes:
         policy: that of every sub-agent; they do not learn. tools: what they may be given.
-        limits: of each assignment; its critical steps are limited by what the whole run has left as well.
+        limits: of each assignment. The last step, and critical step, of the run is kept for those who wait for it.
         max_parallel: assignments worked on at the same time, at each depth; the others wait.
         max_assignments: over the whole run. max_depth: 1 lets only the orchestrator set others to work.
         retries: how often a failed assignment is begun again.
@@ -57,11 +57,10 @@ class Team:
 class Executor(Protocol):
     """Where an assignment is worked on: in this event loop (the default), or elsewhere."""
 
-    async def __call__(self, work: Work, prompt: str) -> Result: ...
+    async def __call__(self, work: Work, prompt: str, /) -> Result: ...
 
 
-async def in_this_loop(work: Work, prompt: str) -> Result:
-    return await work.run(prompt)
+in_this_loop: Executor = Work.run
 
 
 class Orchestrator:
@@ -96,7 +95,10 @@ class Orchestrator:
         executor: Executor = in_this_loop,
     ):
         own = as_tools(tools)
-        self.team = Team(sub_policy or policy, own if sub_tools is None else as_tools(sub_tools), **team or {})
+        given = own if sub_tools is None else as_tools(sub_tools)
+        self.team = Team(policy if sub_policy is None else sub_policy, given, **team or {})
+        if taken := SPAWNING.keys() & {*own, *given}:
+            raise ValueError(f"the tools {sorted(taken)} are the orchestrator's own")
         self.limits, self.executor = limits, executor
         self.agent = Agent("orchestrator", policy, system_prompt, own, own_limits, context)
 
@@ -108,23 +110,22 @@ class Orchestrator:
                 its sub-agents did is recalled, and assignments that ended are not worked on again.
 
         Raises:
-            ValueError: the trace is of another task, or of a run that has ended.
+            ValueError: the trace is of another task, or of a run that has ended, or has been used.
             TraceError: the trace cannot be written.
         """
-        trace = trace or Trace()
+        trace = Trace() if trace is None else trace
         trace.begin(task, _given(self.limits))
-        total = Account(self.limits)
-        account, critical = Account(self.agent.limits, total), self.limits.critical_steps
-        spawning = _Run(self.team, self.executor, trace, total).tools_of(1)
-        work = Work(self.agent, ROOT, trace, account, critical, spawning)
+        total, seconds = Account(self.limits), self.limits.seconds
+        total.pay(*trace.used)
+        account, run = Account(self.agent.limits, total), _Run(self.team, self.executor, trace, total)
+        critical = _least(self.limits.critical_steps, self.agent.limits.critical_steps)
+        work = Leader(run, 1, self.agent, ROOT, trace, account, critical)
         try:
-            async with asyncio.timeout(self.limits.seconds):
+            async with asyncio.timeout(None if seconds is None else seconds - trace.now()):
                 result = await work.run(task)
         except TimeoutError:
-            result = Result("failed", "", f"limit of {self.limits.seconds} seconds reached")
-        result = Result(
-            result.status, result.answer, result.reason, total.steps, work.critical_steps, total.tokens, total.money
-        )
+            result = work.result(reason=f"limit of {seconds} seconds reached")
+        result = replace(result, steps=total.steps, tokens=total.tokens, cost=total.money)
         trace.write("end", **result.fields())
         trace.flush()
         return result
@@ -172,83 +173,110 @@ class _Run:
         self.team, self.executor, self.trace, self.total = team, executor, trace, total
         # One for each depth: an agent that waits for its sub-agents must not keep the place they need.
         self.places = [Places(team.max_parallel) for _ in range(team.max_depth)]
-        self.assignments = 0
+        self.assignments = trace.assignments
 
-    def tools_of(self, depth: int) -> Callable[[Work], Mapping[str, Tool]]:
-        """The tools by which a work makes sub-agents at `depth` and sets them to work."""
+    def admits(self, path: str) -> bool:
+        """Whether this assignment may begin; one that began before a kill may go on."""
+        if not self.trace.is_begun(path):
+            if self.assignments >= self.team.max_assignments:
+                return False
+            self.assignments += 1
+        return True
 
-        def tools(work: Work) -> Mapping[str, Tool]:
-            team, agents = self.team, dict[str, Agent]()
-
-            async def create_subagent(
-                name: str, system_prompt: str, tools: list[str] | None = None, *, path: str
-            ) -> str:
-                """Create a sub-agent with instructions of its own, to be given tasks by its name.
-
-                `tools` names those it may use; by default all that sub-agents can have.
-                """
-                allowed = (
-                    team.tools if tools is None else {tool: team.tools[tool] for tool in tools if tool in team.tools}
-                )
-                if unknown := set(tools or ()) - set(team.tools):
-                    return f"error: no tools {sorted(unknown)}; there are: {', '.join(team.tools) or 'none'}"
-                if name in agents:
-                    return f"error: there is a sub-agent {name!r} already"
-                if len(agents) >= team.max_assignments:
-                    return f"error: no more than {team.max_assignments} sub-agents"
-                agents[name] = Agent(name, team.policy, system_prompt, allowed, team.limits, team.context)
-                if not self.trace.is_begun(path):
-                    self.trace.write("subagent", path=path, name=name, system_prompt=system_prompt, tools=list(allowed))
-                return f"created {name}"
-
-            async def assign_task(agent: str, prompt: str, *, path: str) -> str:
-                """Give a sub-agent a task and wait for its result. Assign several in one turn to have them done at once."""
-                if agent not in agents:
-                    return f"error: no sub-agent {agent!r}; there are: {', '.join(agents) or 'none'}"
-                return await self.assign(work, agents[agent], prompt, path, depth)
-
-            both = (Tool(create_subagent, spawns=True), Tool(assign_task, spawns=True))
-            return {tool.name: tool for tool in both}
-
-        return tools
-
-    async def assign(self, work: Work, agent: Agent, prompt: str, path: str, depth: int) -> str:
-        """The result of an assignment as its giver is told it."""
-        self.assignments += 1
-        if self.assignments > self.team.max_assignments:
-            return f"error: no more than {self.team.max_assignments} assignments"
-        spawning = self.tools_of(depth + 1) if depth < self.team.max_depth else None
-        left = None if work.critical_left is None else work.critical_left - work.critical_steps
-        critical_steps = 0
-        async with self.places[depth - 1]:
-            for attempt in range(1, self.team.retries + 2):
-                this = path if attempt == 1 else f"{path}#{attempt}"
-                limit = _least(left, agent.limits.critical_steps)
-                sub = Work(agent, this, self.trace, Account(agent.limits, self.total), limit, spawning)
-                result = await self._result(sub, work.path, prompt, attempt)
-                critical_steps += result.critical_steps
-                left = None if left is None else left - result.critical_steps
-                if result.done or (left is not None and left <= 0):
-                    break
-        work.sub_steps.append(critical_steps)
-        return result.answer if result.done else f"failed: {result.reason}"
-
-    async def _result(self, sub: Work, parent: str, prompt: str, attempt: int) -> Result:
+    async def result(self, sub: Work, depth: int, parent: str, prompt: str, attempt: int) -> Result:
         """Work on it, or recall how it ended."""
         trace, path = self.trace, sub.path
         if (past := trace.result(path)) is not None:
-            result = Result(**{name: past[name] for name in Result.__slots__})
-            sub.account.pay(result.tokens, result.cost, result.steps)
-            return result
-        if not trace.is_begun(path):
-            trace.write("assign", path=path, parent=parent, agent=sub.agent.name, prompt=prompt, attempt=attempt)
-        try:
-            result = await self.executor(sub, prompt)
-        except asyncio.CancelledError:
-            trace.write("result", path=path, attempt=attempt, **sub.result(reason="cancelled with the run").fields())
-            raise
-        trace.write("result", path=path, attempt=attempt, **result.fields())
+            return Result(**{name: past[name] for name in Result.__slots__})
+        async with self.places[depth - 1]:
+            if not trace.is_begun(path):
+                trace.write("assign", path=path, parent=parent, agent=sub.agent.name, prompt=prompt, attempt=attempt)
+            try:
+                result = await self.executor(sub, prompt)
+            except TraceError:
+                raise
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                    trace.write("result", path=path, attempt=attempt, **sub.result(reason=CANCELLED).fields())
+                    raise
+                result = sub.result(reason=cut(trace.secrets.redact(f"executor: {describe(error)}"), 500))
+            trace.write("result", path=path, attempt=attempt, **result.fields())
         return result
+
+
+class Leader(Work):
+    """Work that may set others to work, at the given depth."""
+
+    __slots__ = ("agents", "depth", "shared")
+
+    def __init__(
+        self,
+        shared: _Run,
+        depth: int,
+        agent: Agent,
+        path: str,
+        trace: Trace,
+        account: Account,
+        critical_left: int | None,
+    ):
+        super().__init__(agent, path, trace, account, critical_left, SPAWNING)
+        self.shared, self.depth = shared, depth
+        self.agents: dict[str, Agent] = {}
+
+    def sub(self, agent: Agent, path: str, used: int) -> Work:
+        """The work of an agent on an assignment, for which critical steps have been used already."""
+        left = None if self.critical_left is None else self.critical_left - self.critical_steps - used - 1
+        left, account = _least(left, agent.limits.critical_steps), Account(agent.limits, self.shared.total, reserve=1)
+        if self.depth < self.shared.team.max_depth:
+            return Leader(self.shared, self.depth + 1, agent, path, self.trace, account, left)
+        return Work(agent, path, self.trace, account, left)
+
+
+async def create_subagent(
+    name: str, system_prompt: str, tools: list[str] | None = None, *, by: Leader, path: str
+) -> str:
+    """Create a sub-agent with instructions of its own, to be given tasks by its name.
+
+    `tools` names those it may use; by default all that sub-agents can have.
+    """
+    team = by.shared.team
+    if unknown := set(tools or ()) - team.tools.keys():
+        return f"error: no tools {sorted(unknown)}; there are: {', '.join(team.tools) or 'none'}"
+    if name in by.agents:
+        return f"error: there is a sub-agent {name!r} already"
+    if len(by.agents) >= team.max_assignments:
+        return f"error: no more than {team.max_assignments} sub-agents"
+    allowed = team.tools if tools is None else {tool: team.tools[tool] for tool in tools}
+    by.agents[name] = Agent(name, team.policy, system_prompt, allowed, team.limits, team.context)
+    by.spawned[path] = 0
+    if not by.trace.is_begun(path):
+        by.trace.write("subagent", path=path, name=name, system_prompt=system_prompt, tools=list(allowed))
+    return f"created {name}"
+
+
+async def assign_task(agent: str, prompt: str, *, by: Leader, path: str) -> str:
+    """Give a sub-agent a task and wait for its result. Assign several in one turn to have them done at once."""
+    shared = by.shared
+    if agent not in by.agents:
+        return f"error: no sub-agent {agent!r}; there are: {', '.join(by.agents) or 'none'}"
+    if not shared.admits(path):
+        return f"error: no more than {shared.team.max_assignments} assignments"
+    by.spawned[path] = 0
+    for attempt in range(1, shared.team.retries + 2):
+        sub = by.sub(by.agents[agent], path if attempt == 1 else f"{path}#{attempt}", by.spawned[path])
+        if attempt > 1 and sub.critical_left is not None and sub.critical_left <= 0:
+            break
+        try:
+            result = await shared.result(sub, by.depth, by.path, prompt, attempt)
+            sub.critical_steps = result.critical_steps  # where it was not worked on here
+        finally:
+            by.spawned[path] += sub.critical_steps
+        if result.done:
+            return result.answer
+    return f"failed: {result.reason}"
+
+
+SPAWNING = as_tools(Tool(function, spawns=True) for function in (create_subagent, assign_task))
 
 
 def _least(*limits: int | None) -> int | None:

@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 Message = dict[str, Any]
+LARGEST = 1e15  # number of tokens or dollars that is taken for one
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call as the model wrote it: `arguments` is JSON, or what was meant to be."""
+    """A call as the model wrote it: `arguments` is JSON, or what was meant to be.
+
+    Raises:
+        ValueError: something else than text.
+    """
 
     id: str
     name: str
     arguments: str = "{}"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.id, str) and isinstance(self.name, str) and isinstance(self.arguments, str)):
+            raise ValueError(f"a call is made of texts, got {self.id!r}, {self.name!r}, {self.arguments!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,9 @@ class Reply:
     Attributes:
         refusal: why the model would not answer.
         cost: of this step, in US dollars.
+
+    Raises:
+        ValueError: words that are no text, or tokens or cost that no account could be kept of.
     """
 
     content: str = ""
@@ -38,6 +51,14 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.content, str) and isinstance(self.refusal, str)):
+            raise ValueError(f"a reply's words are text, got {self.content!r} and {self.refusal!r}")
+        read, written, cost = self.prompt_tokens, self.completion_tokens, self.cost
+        whole = isinstance(read, int) and isinstance(written, int)
+        if not (whole and 0 <= read < LARGEST and 0 <= written < LARGEST and 0 <= cost < LARGEST):
+            raise ValueError("a reply costs 0 or more, and tokens are whole numbers")
 
     @property
     def tokens(self) -> int:
@@ -108,6 +129,4 @@ class ScriptedPolicy:
 
 def call(name: str, /, **arguments: Any) -> ToolCall:
     """A call of a tool, for scripts; ids are given by the agent where they are empty."""
-    import json
-
     return ToolCall("", name, json.dumps(arguments))

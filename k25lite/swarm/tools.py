@@ -7,12 +7,17 @@ wrong in a call is told to the agent as an observation, which it can learn from;
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
-import json
-from collections.abc import Callable, Iterable
-from typing import Any, NotRequired
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Annotated, Any, NotRequired
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic.errors import PydanticUserError
+from pydantic_core import to_json, to_jsonable_python
 from typing_extensions import TypedDict
 
 from k25lite.swarm.trace import TraceError
@@ -23,35 +28,33 @@ MAX_CHARACTERS = 20_000  # of an observation
 class Tool:
     """A function as a tool.
 
-    Async functions run in the event loop. Others are taken to block and run in a thread, which cannot be stopped: one that
-    may hang should be async, or start a process of its own.
+    Async functions run in the event loop. Others are taken to block: each call runs in a thread of its own, which is left
+    behind if the agent's time is up, because threads cannot be stopped.
 
     Args:
-        function: its parameters annotated; `Annotated[int, Field(description=...)]` describes one to the model. Its
-            docstring describes the tool.
-        spawns: the function sets agents to work; it takes the `path` of the call beside what the model gives.
+        function: or method, its parameters annotated; `Annotated[int, Field(description=...)]` describes one to the model.
+            Its docstring describes the tool.
+        name: by default the function's; letters, digits, _ and -, at most 64.
+        spawns: the function sets agents to work; its keyword-only parameters are not for the model.
 
     Raises:
-        ValueError: a parameter without annotation, or one that takes any number of arguments.
+        ValueError: no function (a `functools.partial` is none), a parameter without annotation, without a name that it can
+            be given by, or of a type that has no schema, or a name that endpoints refuse.
     """
 
     def __init__(self, function: Callable[..., Any], name: str | None = None, spawns: bool = False):
+        if not (inspect.isroutine(function) and hasattr(function, "__name__")):
+            raise ValueError(f"a tool is a function or a method, got {function!r}")
         self.function, self.name, self.spawns = function, name or function.__name__, spawns
+        if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", self.name):
+            raise ValueError(f"a tool cannot have the name {self.name!r}")
         self.is_async = inspect.iscoroutinefunction(function)
-        fields: dict[str, Any] = {}
-        for parameter in inspect.signature(function, eval_str=True).parameters.values():
-            if spawns and parameter.name == "path":
-                continue
-            if parameter.annotation is parameter.empty or parameter.kind in (
-                parameter.VAR_POSITIONAL,
-                parameter.VAR_KEYWORD,
-            ):
-                raise ValueError(f"tool {self.name}: parameter {parameter} needs an annotation and a name of its own")
-            annotation = parameter.annotation
-            fields[parameter.name] = annotation if parameter.default is parameter.empty else NotRequired[annotation]
-        shape = with_config(ConfigDict(extra="forbid"))(TypedDict(self.name, fields))  # type: ignore[operator]
-        self.arguments: TypeAdapter[dict[str, Any]] = TypeAdapter(shape)
-        parameters = self.arguments.json_schema()
+        try:
+            adapter: TypeAdapter[dict[str, Any]] = TypeAdapter(self._shape())
+            parameters = adapter.json_schema()
+        except (PydanticUserError, NameError) as error:
+            raise ValueError(f"tool {self.name}: {error}") from error
+        self.arguments = adapter.validator
         self.schema = {
             "type": "function",
             "function": {
@@ -61,24 +64,50 @@ class Tool:
             },
         }
 
-    async def __call__(self, arguments: str, path: str = "") -> str:
+    def _shape(self) -> Any:
+        """A typed dictionary of the parameters; those with a default may be left out."""
+        fields: dict[str, Any] = {}
+        for parameter in inspect.signature(self.function, eval_str=True).parameters.values():
+            kind, annotation, default = parameter.kind, parameter.annotation, parameter.default
+            if self.spawns and kind is parameter.KEYWORD_ONLY:
+                continue
+            if annotation is parameter.empty or kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise ValueError(f"tool {self.name}: parameter {parameter} needs an annotation and a name of its own")
+            if default is not parameter.empty:
+                shown = {"default": to_jsonable_python(default, fallback=str)}
+                annotation = NotRequired[Annotated[annotation, Field(json_schema_extra=shown)]]  # type: ignore[misc]
+            fields[parameter.name] = annotation
+        return with_config(ConfigDict(extra="forbid"))(TypedDict(self.name, fields))  # type: ignore[operator]
+
+    async def __call__(self, arguments: str, **given: Any) -> str:
         """The observation: what the function returned, as text, or `error: ...`.
 
         Args:
-            arguments: JSON, as a model wrote it. path: of the call in the trace.
+            arguments: JSON, as a model wrote it. given: what is not for the model to give.
+
+        Raises:
+            TraceError: the trace cannot be written. CancelledError: from outside.
         """
         try:
-            given = self.arguments.validate_json(arguments or "{}")
-            if self.spawns:
-                given["path"] = path
-            result = await self.function(**given) if self.is_async else await asyncio.to_thread(self.function, **given)
-        except ValidationError as error:
-            return f"error: {self.name}: {_problems(error)}"
+            try:
+                given.update(self.arguments.validate_json(arguments or "{}"))
+            except ValidationError as error:
+                return cut(f"error: {self.name}: {_problems(error)}")
+            if self.is_async:
+                result = await self.function(**given)
+            else:
+                result = await in_thread(self.function, given)
+                if inspect.isawaitable(result):
+                    result = await result
+            return cut(result if isinstance(result, str) else to_json(result, fallback=str).decode())
         except TraceError:
             raise
-        except Exception as error:
-            return cut(f"error: {self.name}: {type(error).__name__}: {error}")
-        return cut(result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False))
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            return f"error: {self.name}: {describe(error)}"
+        except (Exception, SystemExit) as error:
+            return cut(f"error: {self.name}: {describe(error)}")
 
 
 def as_tools(functions: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
@@ -94,6 +123,45 @@ def as_tools(functions: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
             raise ValueError(f"two tools have the name {tool.name}")
         tools[tool.name] = tool
     return tools
+
+
+async def in_thread(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """As `asyncio.to_thread`, but one that hangs takes no other's place, and the end of the loop does not wait for it."""
+    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+    outcome: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+
+    def tell(result: Any, error: BaseException | None) -> None:
+        if not outcome.done():
+            outcome.set_result((result, error))
+
+    def work() -> None:
+        result = error = None
+        try:
+            result = context.run(function, **given)
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(tell, result, error)
+
+    threading.Thread(target=work, daemon=True).start()
+    result, error = await outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def is_cancelled() -> bool:
+    """Whether a CancelledError comes from outside. Policies and tools can raise their own."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def describe(error: BaseException) -> str:
+    """Its type and message, whatever the message is like."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def cut(text: str, length: int = MAX_CHARACTERS) -> str:

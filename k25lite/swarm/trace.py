@@ -2,7 +2,8 @@
 
 Every event has `t` (seconds since the run began, without the time between a kill and the next start) and `event`:
 
-- `run`: `task`, `limits`, `started` (wall clock), `version` of this schema. `resume`: the run goes on after a kill.
+- `run`: `task`, `limits`, `started` (wall clock), `version` of this schema.
+- `resume`: the run goes on after a kill, `at` (wall clock).
 - `subagent`: the call `path` made the sub-agent `name` with `system_prompt` and `tools`.
 - `assign`: `path` begins to work for `parent` as `agent` on `prompt`; `attempt` counts from 1.
 - `step`: `path` took its step number `step`, which `began` at: `content`, `calls` [id, name, arguments], `refusal`,
@@ -11,11 +12,13 @@ Every event has `t` (seconds since the run began, without the time between a kil
   made or an assignment ended, which events of their own tell.
 - `context`: `path` shortened its context before step `step`: `kept` messages of `of`.
 - `result`: the assignment `path` ended: `status` done or failed, `answer`, `reason`, `attempt`, `steps`,
-  `critical_steps`, `tokens`, `cost`.
-- `end`: so did the run: the same.
+  `critical_steps`, `tokens`, `cost`. One that failed because it was cancelled is taken up again if the run is resumed.
+- `end`: so did the run, of all agents together: `status`, `answer`, `reason`, `steps`, `critical_steps`, `tokens`, `cost`.
 
-A `path` says where an agent comes from: "0" is the orchestrator, "0.3.1" the agent that call 1 of its step 3 set to work.
-Lines reach the disk before anybody can act on what they say. Known secrets are left out (see `redact`).
+A `path` says where an agent comes from: "0" is the orchestrator, "0.3.1" the agent that call 1 of its step 3 set to work,
+"0.3.1#2" the second attempt at it. Lines are written at the end of each turn of the event loop, and the result of an
+assignment before anybody acts on it, so what a kill -9 loses was known to nobody but the agent that did it. Secrets, as far
+as they are known, are left out (see `Secrets`).
 """
 
 from __future__ import annotations
@@ -36,9 +39,13 @@ from k25lite.swarm.policy import Reply, ToolCall
 
 VERSION = 1
 Event = dict[str, Any]
+CANCELLED = "cancelled with the one who waited for it"
 _SECRET_NAMES = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
-_SECRET_MARKS = ("sk-", "sk_", "hf_", "ghp_", "xoxb-", "xoxp-", "Bearer ")
-_SECRET_FORMS = rf"(?:{'|'.join(_SECRET_MARKS)})[A-Za-z0-9._~+/=-]{{16,}}"
+# Of OpenAI and others, Hugging Face, GitHub, Slack, Google; but not the end of "task-force".
+_SECRET_MARKS = ("sk-", "sk_", "hf_", "ghp_", "github_pat_", "xox", "AIza")
+_SECRET_FORMS = (
+    rf"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt]))(?:{'|'.join(_SECRET_MARKS)})[\w-]{{16,}}|(?<=Bearer )[\w.~+/=-]{{16,}}"
+)
 
 
 class TraceError(Exception):
@@ -55,13 +62,26 @@ class Secrets:
 
     def __init__(self) -> None:
         named = {value for name, value in os.environ.items() if _SECRET_NAMES.search(name) and len(value) >= 8}
-        self.marks = (*named, *_SECRET_MARKS)
+        for _ in range(2):  # as they stand in JSON, which tools return, and in JSON within the JSON of the trace
+            named |= {json.dumps(value, ensure_ascii=ascii)[1:-1] for value in named for ascii in (True, False)}
         longest_first = sorted(named, key=len, reverse=True)
+        self.marks = (*named, *_SECRET_MARKS, "Bearer ")
         self.pattern = re.compile("|".join([*map(re.escape, longest_first), _SECRET_FORMS]))
 
+    def may_be_in(self, text: str) -> bool:
+        # Searching for plain strings is much faster than for the pattern, and nearly always all there is to do.
+        return any(mark in text for mark in self.marks)
+
     def redact(self, text: str) -> str:
-        # Searching for plain strings is much faster than the pattern, and nearly always all there is to do.
-        return self.pattern.sub("[secret]", text) if any(mark in text for mark in self.marks) else text
+        return self.pattern.sub("[secret]", text)
+
+    def redact_all(self, value: Any) -> Any:
+        """A copy of `value` without secrets in any of its texts."""
+        if isinstance(value, str):
+            return self.redact(value)
+        if isinstance(value, (list, tuple)):
+            return [self.redact_all(item) for item in value]
+        return {key: self.redact_all(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def redact(text: str) -> str:
@@ -72,9 +92,9 @@ def redact(text: str) -> str:
 def encode(event: Event) -> str:
     """One line of JSON. What JSON has no form for is written as text, and half a surrogate pair as its escape."""
     try:
-        return to_json(event, fallback=str).decode()
+        return to_json(event, fallback=str, inf_nan_mode="null").decode()
     except PydanticSerializationError:
-        return json.dumps(event, default=str)
+        return json.dumps(json.loads(json.dumps(event, default=str), parse_constant=lambda constant: None))
 
 
 class Trace:
@@ -82,7 +102,7 @@ class Trace:
 
     Args:
         path: appended to. If it holds a run already, what happened there is recalled instead of done again. None keeps the
-            events in memory.
+            events in memory, secrets included.
         listeners: called with every event, in the order in which they happen; what one raises ends the run.
 
     Raises:
@@ -93,83 +113,124 @@ class Trace:
         self.path = Path(path) if path is not None else None
         self.listeners = list(listeners)
         self.events: list[Event] = []  # only if there is no file
-        self.task: str | None = None  # of the run that is resumed
+        self.task: str | None = None
         self.ended = False
+        self.used = (0, 0.0, 0)  # tokens, money and steps of the run that is resumed
+        self.assignments = 0  # begun in it
         self._replies: dict[tuple[str, int], Reply] = {}
         self._observations: dict[tuple[str, int, int], str] = {}
-        self._begun: set[str] = set()  # assignments, and calls that made sub-agents
+        self._begun: set[object] = (
+            set()
+        )  # assignments, calls that made sub-agents, and (path, step) of shorter contexts
         self._results: dict[str, Event] = {}
-        self._secrets = Secrets()
+        self.secrets = Secrets()
         self._buffer: list[str] = []
         self._file: BinaryIO | None = None
         self._error: OSError | None = None
-        offset = 0.0
+        self._is_taken = False
+        self._whole = self._recalled = 0  # bytes, and nanoseconds
+        self._origin = time.perf_counter_ns()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (closed by `close`)
-            offset = self._recall()
-        self._origin = time.perf_counter() - offset
+            try:
+                self._recall()
+            except ValueError:
+                self._file.close()
+                raise
 
     def now(self) -> float:
         """Seconds since the run began."""
-        return round(time.perf_counter() - self._origin, 6)
+        return (time.perf_counter_ns() - self._origin) // 1000 / 1e6  # much faster than to round
 
     def begin(self, task: str, limits: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: the trace holds the run of another task, or one that has ended.
+            ValueError: the trace holds the run of another task, or one that has ended, or has been begun already.
+            TraceError: it cannot be written.
         """
-        if self.task is None:
-            self.write("run", version=VERSION, task=task, limits=limits, started=datetime.now(UTC).isoformat())
-        elif self.task != self._secrets.redact(task):
+        if self._is_taken:
+            raise ValueError("a trace takes one run: open its file again to resume it")
+        if self.task is not None and self.task != self.secrets.redact(task):
             raise ValueError(f"{self.path} is the trace of another task: {self.task[:80]!r}")
-        elif self.ended:
+        if self.ended:
             raise ValueError(f"{self.path} is the trace of a run that has ended: remove it to run again")
+        self._is_taken = True
+        self._origin = time.perf_counter_ns() - self._recalled
+        if self._file is not None:
+            self._file.truncate(self._whole)
+        at = datetime.now(UTC).isoformat()
+        if self.task is None:
+            self.write("run", version=VERSION, task=task, limits=limits, started=at)
         else:
-            self.write("resume", at=datetime.now(UTC).isoformat())
+            self.write("resume", at=at)
         self.flush()
 
     def write(self, event: str, **fields: Any) -> None:
         """
         Raises:
-            TraceError: what was written before did not reach the disk.
+            TraceError: this, or what was written before, did not reach the file or a listener.
         """
-        if self._error is not None:
-            raise TraceError(f"{self.path}: {self._error}")
+        self._check()
         record: Event = {"t": self.now(), "event": event, **fields}
-        for listener in self.listeners:
-            listener(record)
-        if self._file is None:
+        if self.listeners:
+            self._tell(record)
+        if self.path is None:
             self.events.append(record)
             return
-        if not self._buffer:
-            # One write for all that happens in one turn of the loop, and before the next turn, which acts on it, begins.
-            try:
-                asyncio.get_running_loop().call_soon(self.flush)
-            except RuntimeError:
-                self._buffer.append(encode(record))
-                return self.flush()
         self._buffer.append(encode(record))
+        if len(self._buffer) == 1:
+            # One write for all that happens in one turn of the loop.
+            try:
+                asyncio.get_running_loop().call_soon(self._write_out)
+            except RuntimeError:
+                self.flush()
 
     def flush(self) -> None:
-        if self._buffer and self._file is not None:
-            lines, self._buffer = "\n".join(self._buffer) + "\n", []
-            try:
-                self._file.write(self._secrets.redact(lines).encode())
-            except OSError as error:  # in a callback of the loop nobody would hear of it
-                self._error = error
+        """
+        Raises:
+            TraceError: what was written did not reach the file.
+        """
+        self._write_out()
+        self._check()
 
     def close(self) -> None:
         """
         Raises:
-            TraceError: the last events did not reach the disk.
+            TraceError: the last events did not reach the file.
         """
-        self.flush()
         if self._file is not None:
+            self._write_out()
             self._file.close()
             self._file = None
-        if self._error is not None:
-            raise TraceError(f"{self.path}: {self._error}")
+            if self._error is not None:
+                raise TraceError(f"{self.path}: {self._error}")
+
+    def _tell(self, record: Event) -> None:
+        if self.secrets.may_be_in(encode(record)):
+            record = self.secrets.redact_all(record)
+        for listener in self.listeners:
+            try:
+                listener(record)
+            except Exception as error:
+                raise TraceError(f"a listener failed: {type(error).__name__}: {error}") from error
+
+    def _check(self) -> None:
+        if self._error is not None or (self._file is None and self.path is not None):
+            raise TraceError(f"{self.path}: {self._error or 'closed'}")
+
+    def _write_out(self) -> None:
+        if not self._buffer or self._file is None or self._error is not None:
+            return
+        lines, self._buffer = self._buffer, []
+        if self.secrets.may_be_in(text := "\n".join(lines)):
+            text = "\n".join(encode(self.secrets.redact_all(json.loads(line))) for line in lines)
+        rest = memoryview(f"{text}\n".encode())
+        try:
+            while rest:  # a disk that is nearly full takes a part, and says so only when asked to take more
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:  # in a callback of the loop nobody would hear of it
+            self._error = error
 
     def reply(self, path: str, step: int) -> Reply | None:
         """What the policy said in the run that is resumed."""
@@ -178,39 +239,55 @@ class Trace:
     def observation(self, path: str, step: int, index: int) -> str | None:
         return self._observations.get((path, step, index))
 
-    def is_begun(self, path: str) -> bool:
-        """Whether an assignment was begun, or a sub-agent made by this call, in the run that is resumed."""
-        return path in self._begun
+    def is_begun(self, path: str, step: int | None = None) -> bool:
+        """Whether, in the run that is resumed, an assignment began, a sub-agent was made, or a step had less context."""
+        return (path if step is None else (path, step)) in self._begun
 
     def result(self, path: str) -> Event | None:
         return self._results.get(path)
 
-    def _recall(self) -> float:
-        """Read what the file holds, cut off a line that a kill left unfinished, and return the time of the last event."""
-        assert self._file is not None
-        self._file.seek(0)
-        whole, last = 0, 0.0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            event = parse(line, self.path)
-            last = event["t"]
-            match event["event"]:
-                case "run":
-                    self.task = event["task"]
-                case "step":
-                    self._replies[event["path"], event["step"]] = _reply(event)
-                case "observation":
-                    self._observations[event["path"], event["step"], event["index"]] = event["content"]
-                case "assign" | "subagent":
-                    self._begun.add(event["path"])
-                case "result":
-                    self._results[event["path"]] = event
-                case "end":
-                    self.ended = True
-        self._file.truncate(whole)
-        return last
+    def _recall(self) -> None:
+        """Read what the file holds, but for a last line that a kill left unfinished.
+
+        Raises:
+            ValueError: it is no trace.
+        """
+        assert self.path is not None
+        with open(self.path, "rb") as file:  # the other one is not buffered, and reads lines byte by byte
+            for line in file:
+                is_torn = not line.endswith(b"\n")
+                if is_torn and (self._whole or b'{"t":'.startswith(line[:5])):
+                    return
+                event = parse(line, self.path)
+                try:
+                    self._remember(event)
+                except (TypeError, KeyError, ValueError, OverflowError) as error:
+                    raise ValueError(f"{self.path} is no trace: {line[:60]!r}") from error
+                self._whole += len(line)
+
+    def _remember(self, event: Event) -> None:
+        kind, path = event["event"], event.get("path", "")
+        if (self.task is None) != (kind == "run"):
+            raise KeyError("a trace begins with its run, and holds one")
+        match kind:
+            case "run":
+                self.task = event["task"]
+            case "step":
+                reply = self._replies[path, event["step"]] = _reply(event)
+                tokens, money, steps = self.used
+                self.used = tokens + reply.tokens, money + reply.cost, steps + 1
+            case "observation":
+                self._observations[path, event["step"], event["index"]] = event["content"]
+            case "context":
+                self._begun.add((path, event["step"]))
+            case "assign" | "subagent":
+                self._begun.add(path)
+                self.assignments += event.get("attempt") == 1
+            case "result" if event["reason"] != CANCELLED:
+                self._results[path] = event
+            case "end":
+                self.ended = True
+        self._recalled = int(event["t"] * 1e9)
 
 
 def read_trace(path: str | os.PathLike[str]) -> Iterator[Event]:
@@ -232,11 +309,12 @@ def parse(line: bytes, path: str | os.PathLike[str] | None) -> Event:
     """
     try:
         event = json.loads(line)
-        if event["event"] == "run" and event["version"] != VERSION:
-            raise ValueError(f"{path}: version {event['version']} of the trace schema, this is version {VERSION}")
+        version = event["version"] if event["event"] == "run" else VERSION
         event["t"] + 0
-    except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no trace: {line[:60]!r}") from error
+    if version != VERSION:
+        raise ValueError(f"{path}: version {version} of the trace schema, this is version {VERSION}")
     return event
 
 

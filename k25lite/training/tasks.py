@@ -19,6 +19,7 @@ from random import Random
 import numpy as np
 
 from k25lite.training.programs import evaluate, words
+from k25lite.training.rewards import box_f1, exact
 from k25lite.training.vision_tools import beside
 from k25lite.world.families import CHARACTERS, LENGTH, Document, is_held_out
 from k25lite.world.pictures import draw_board, draw_string
@@ -49,20 +50,35 @@ class Task:
     def told(self) -> str:
         return " ".join(self.content)
 
-    def draw(self, random: Random) -> np.ndarray:
-        """Its content as a picture [height, width, 3] uint8; places, fonts and noise vary."""
+    def draw(self, random: Random) -> tuple[np.ndarray, str]:
+        """Its content as a picture [height, width, 3] uint8, and the answer to it; places, fonts and noise vary."""
         if isinstance(self.content, str):
-            return draw_string(self.content, random)
-        return draw_board([_thing(word, random) for word in self.content], 2, random)[0]
+            return draw_string(self.content, random), self.answer
+        things = [_thing(word, random) for word in self.content]
+        answer = self.answer
+        if self.kind == "box":  # what is told of a thing is its cell
+            index = self.content.index(self.question.split()[2])
+            (y, x), start = divmod(index, 2), things[index].start  # type: ignore[union-attr]
+            top, left = CELL * y + start[0], CELL * x + start[1]
+            answer = f"{left} , {top} , {left + GLYPH} , {top + GLYPH}"
+        return draw_board(things, 2, random)[0], answer
 
     def document(self, random: Random, shown: bool) -> Document:
         """The demonstration: every second one thinks first, in the words of the question."""
         think = f"<think> {self.question.removesuffix(' ?')} </think> " if random.random() < 0.5 else ""
-        acts = [f"{think}{RUN} {program}" for program in self.programs] + [self.answer]
-        seen = [f"{SEES} {observation}" for observation in self.observations]
-        prompts = [f"{'<image>' if shown else self.told} {self.question}", *seen]
-        media = (self.draw(random)[None],) if shown else ()
+        picture = self.draw(random)[0] if shown else None
+        observations = self.observations if picture is None else run_all(self.programs, picture)
+        acts = [f"{think}{RUN} {program}" for program in self.programs] + [observations[-1]]
+        seen = [f"{SEES} {observation}" for observation in observations]
+        prompts = [f"{self.told if picture is None else '<image>'} {self.question}", *seen]
+        media = () if picture is None else (picture[None],)
         return Document("tools", self.kind, tuple(zip(prompts, acts, strict=True)), media)
+
+    def is_right(self, answer: str, truth: str) -> bool:
+        """Whether an answer is the truth; a box is if the two overlap by half."""
+        if self.kind == "box":
+            return box_f1(answer, [[int(side) for side in truth.split(" , ")]]) >= 0.5
+        return exact(answer, truth) == 1.0
 
 
 def _counts(names: Sequence[str]) -> Callable[[Content, Random], Asked]:
@@ -172,17 +188,20 @@ def make_task(kind: str, random: Random, test: bool) -> Task:
         content = _content(kind, random, test)
         if (asked := KINDS[kind](content, random)) is not None:
             break
-    question, programs = asked
-    done: list[str] = []
-    observations: list[str] = []
-    for program in programs:
-        done.append(program.format(*observations))
-        observations.append(observe(done[-1], content))
-    return Task(kind, content, question, tuple(done), tuple(observations))
+    question, templates = asked
+    programs: list[str] = []
+    for template in templates:
+        programs.append(template.format(*run_all(programs, content)))
+    return Task(kind, content, question, tuple(programs), run_all(programs, content))
+
+
+def run_all(programs: Sequence[str], image: Content | np.ndarray) -> tuple[str, ...]:
+    """What each of some trusted programs gives; for what a model wrote there is the sandbox."""
+    return tuple(observe(program, image) for program in programs)
 
 
 def observe(program: str, image: Content | np.ndarray) -> str:
-    """What a trusted program gives, in words; for what a model wrote there is the sandbox."""
+    """What a trusted program gives, in words."""
     told = list(image) if isinstance(image, tuple) else image
     return " ".join(islice(words(evaluate(as_code(program), told)), LONGEST_OBSERVATION))
 
