@@ -22,6 +22,11 @@ class Profile(StrEnum):
     full = "full"
 
 
+class Backend(StrEnum):
+    openai = "openai"
+    local = "local"
+
+
 @contextmanager
 def one_line_errors(*failures: type[Exception]) -> Iterator[None]:
     """Bad input ends in one line on stderr and exit code 2, and `failures` in one with exit code 1; not in a traceback."""
@@ -71,6 +76,34 @@ def record(
     typer.echo(f"Recorded: {manifest}")
 
 
+@app.command(
+    epilog='Example: `k25lite swarm "Which moons have ice?" --model kimi-k2.5 --base-url https://api.moonshot.ai/v1`'
+)
+def swarm(
+    question: Annotated[str | None, typer.Argument(help="What to work on; or give --task.")] = None,
+    task: Annotated[Path | None, typer.Option(help="A file with the question.")] = None,
+    backend: Annotated[Backend, typer.Option(help="An endpoint, or a model in this process.")] = Backend.openai,
+    model: Annotated[str, typer.Option(help="Its name at the endpoint, or its folder or Hub id.")] = "kimi-k2.5",
+    base_url: Annotated[str | None, typer.Option(help="Of the endpoint [default: $OPENAI_BASE_URL].")] = None,
+    tool: Annotated[list[str] | None, typer.Option(help="A Python function, as module:name; may be repeated.")] = None,
+    max_parallel: Annotated[int, typer.Option(help="Sub-agents at work at the same time.")] = 16,
+    budget: Annotated[int | None, typer.Option(help="Critical steps of the whole run.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="JSONL; an unfinished one is resumed.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, or auto.")] = None,
+) -> None:
+    """Have an orchestrator and its sub-agents work on a question: the answer on stdout; a trace and a timeline in files."""
+    from k25lite.swarm.command import run
+
+    with one_line_errors(RuntimeError):
+        text = task.read_text() if task else question
+        if not text:
+            raise ValueError("give a question, or --task with a file that holds one")
+        result = run(text, backend.value, model, base_url, tool or [], max_parallel, budget, trace, ray)
+    typer.echo(result.answer if result.done else f"k25lite: {result.reason}", err=not result.done)
+    if not result.done:
+        raise typer.Exit(1)
+
+
 Json = Annotated[Path | None, typer.Option(help="Write the measurements here.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda [default: both, where there is a GPU].")]
 Quick = Annotated[bool, typer.Option(help="Tiny shapes: does it run? Not for quoting.")]
@@ -86,6 +119,12 @@ def bench_vision(json: Json = None, device: Device = None, quick: Quick = False)
 def bench_training(json: Json = None, device: Device = None, quick: Quick = False) -> None:
     """Training against plain PyTorch: loop, language model, decoupled encoder, MuonClip; and how costs grow."""
     _measure("training", json, device, quick)
+
+
+@bench.command("swarm", epilog="Example: `k25lite bench swarm --json bench.json`")
+def bench_swarm(json: Json = None, device: Device = None, quick: Quick = False) -> None:
+    """What sub-agents cost beside the model's time, against bare asyncio and public frameworks; and local batching."""
+    _measure("swarm", json, device, quick)
 
 
 def _measure(room: str, json: Path | None, device: str | None, quick: bool) -> None:

@@ -32,6 +32,15 @@ class ToolCall:
         if not (isinstance(self.id, str) and isinstance(self.name, str) and isinstance(self.arguments, str)):
             raise ValueError(f"a call is made of texts, got {self.id!r}, {self.name!r}, {self.arguments!r}")
 
+    @property
+    def as_json(self) -> str:
+        """The arguments, or an object that holds what was meant to be them: endpoints parse what stands in a history."""
+        try:
+            json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            return json.dumps({"malformed": self.arguments})
+        return self.arguments
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -70,7 +79,7 @@ class Reply:
         message: Message = {"role": "assistant", "content": self.content}
         if self.calls:
             message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.as_json}}
                 for call in self.calls
             ]
         return message

@@ -193,3 +193,11 @@ def test_one_agent_works_on_many_tasks():
 def test_the_orchestrator_is_an_agent_like_any_other():
     alone = Orchestrator(ScriptedPolicy([Reply(calls=(call("look"),)), "seen"]), [look]).run_sync("go")
     assert alone == work(ScriptedPolicy([Reply(calls=(call("look"),)), "seen"]), tools=[look])
+
+
+@pytest.mark.parametrize("arguments", ["{", "", "{'a': 1}", "\ud800", "<tool>"])
+def test_a_history_holds_only_arguments_that_endpoints_can_parse(arguments):
+    (told,) = Reply(calls=(ToolCall("c", "look", arguments),)).message["tool_calls"]
+    assert json.loads(told["function"]["arguments"]) == {"malformed": arguments}
+    (kept,) = Reply(calls=(ToolCall("c", "look", '{"a": 1}'),)).message["tool_calls"]
+    assert kept["function"]["arguments"] == '{"a": 1}'
