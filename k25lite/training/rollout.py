@@ -68,7 +68,7 @@ class Rollout:
 
 def program_of(act: str) -> str | None:
     """The program of an act, thoughts before it left out; None if it is an answer."""
-    _, run, program = f" {act}".partition(f" {RUN} ")
+    _, run, program = f" {act} ".partition(f" {RUN} ")
     return program.strip() if run else None
 
 
