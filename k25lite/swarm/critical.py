@@ -134,7 +134,7 @@ def summarise(events: Iterable[Event]) -> Summary:
     wall = busy = cost = 0.0
     steps = tokens = 0
     for event in events:
-        wall = event["t"]
+        wall = max(wall, event["t"])  # events of a cluster arrive late
         kind = event["event"]
         if kind == "run":
             assignments[ROOT] = Assignment(ROOT, "orchestrator", event["task"], event["t"])

@@ -1,0 +1,85 @@
+"""`k25lite swarm`: a swarm from the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from k25lite.swarm.agent import Result
+from k25lite.swarm.limits import Limits
+from k25lite.swarm.live import ProgressLine
+from k25lite.swarm.orchestrator import Orchestrator, in_this_loop
+from k25lite.swarm.policy import Policy
+from k25lite.swarm.timeline import timeline
+from k25lite.swarm.trace import Trace
+
+
+def run(
+    task: str,
+    backend: str,
+    model: str,
+    base_url: str | None,
+    tools: Sequence[str],
+    max_parallel: int,
+    budget: int | None,
+    path: Path | None,
+    ray: str | None,
+) -> Result:
+    """Work on a task, show progress on stderr, and leave a trace and its timeline.
+
+    Raises:
+        ValueError: no such tool, or what `Orchestrator` and its policy refuse.
+    """
+    functions = [_function(name) for name in tools]
+    executor: Any = in_this_loop
+    if ray is not None:
+        from k25lite.swarm.cluster import RayExecutor
+
+        executor = RayExecutor(None if ray == "local" else ray)
+    orchestrator = Orchestrator(
+        _policy(backend, model, base_url),
+        functions,
+        limits=Limits(critical_steps=budget),
+        team={"max_parallel": max_parallel},
+        executor=executor,
+    )
+    path = path or Path("runs", "swarm", f"{datetime.now():%Y%m%d-%H%M%S}.jsonl")
+    progress = ProgressLine()
+    trace = Trace(path, listeners=(progress,))
+    try:
+        return orchestrator.run_sync(task, trace)
+    finally:
+        trace.close()
+        progress.stop()
+        print(f"trace: {path}, timeline: {timeline(path, path.with_suffix('.html'))}", file=sys.stderr)
+
+
+def _policy(backend: str, model: str, base_url: str | None) -> Policy:
+    if backend == "openai":
+        from k25lite.swarm.endpoint import OpenAIPolicy
+
+        return OpenAIPolicy(model, base_url)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from k25lite.swarm.local import LocalPolicy
+
+    try:
+        return LocalPolicy(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+    except OSError as error:
+        raise ValueError(f"no model {model}: {str(error).splitlines()[0]}") from error
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """
+    Raises:
+        ValueError: there is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"no tool {name!r}, which is to be module:function ({error})") from error
