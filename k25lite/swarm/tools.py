@@ -64,6 +64,10 @@ class Tool:
             },
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew from its function elsewhere: validators cannot be pickled."""
+        return Tool, (self.function, self.name, self.spawns)
+
     def _shape(self) -> Any:
         """A typed dictionary of the parameters; those with a default may be left out."""
         fields: dict[str, Any] = {}
