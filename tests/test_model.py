@@ -266,7 +266,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(models, tmp_path):
     models["dense"].save_pretrained(tmp_path)
     vision_config = models["dense"].config.vision_config
     with pytest.raises(ValueError, match=r"missing, such as .*experts.* have no place in the model"):
-        K25Lite.from_pretrained(tmp_path, config=K25LiteConfig.lite(VOCABULARY, vision_config=vision_config))
+        K25Lite.from_pretrained(tmp_path, config=K25LiteConfig.lite(VOCABULARY, moe=True, vision_config=vision_config))
     wider = K25LiteConfig.lite(VOCABULARY + 1, moe=False, vision_config=vision_config)
     with pytest.raises(ValueError, match=r"another shape, such as .*embed_tokens.weight \[60, 128\] for \[61, 128\]"):
         K25Lite.from_pretrained(tmp_path, config=wider)

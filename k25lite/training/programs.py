@@ -116,7 +116,9 @@ def words(value: Any) -> Iterator[str]:
         yield from words(list(value.items()))
     elif isinstance(value, list | tuple) and value:
         for index, item in enumerate(value):
-            if index and not isinstance(item, str):  # digits are tokens: 1 and 12 must not become 112
+            numbers = index and all(isinstance(each, int | float | np.number) for each in (value[index - 1], item))
+            # Between numbers, because digits are tokens: 1 and 12 must not become 112.
+            if numbers or (index and isinstance(item, list | tuple | dict | np.ndarray)):
                 yield ","
             yield from words(item)
     elif isinstance(value, float):
