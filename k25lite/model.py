@@ -32,7 +32,7 @@ def lite_text_config(vocab_size: int, moe: bool = False, **changes: Any) -> Deep
     """A small DeepSeek-V3; `changes` are fields of `DeepseekV3Config`.
 
     Dense by default: on a CPU it trains a fifth faster than experts with as many active parameters, which notebook 02 does
-    not establish to be any better. With `moe`, every layer but the first is a mixture of 8 routed experts, 2 active, and one
+    not establish to be better. With `moe`, every layer but the first is a mixture of 8 routed experts, 2 active, and one
     that all tokens share. Experts are sized, and routed ones scaled, so that a token meets as many parameters, and at
     initialisation as strong a layer, as in the dense model.
     """
