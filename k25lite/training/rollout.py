@@ -1,13 +1,13 @@
 """Rollouts: a model works on tasks with programs, many at a time, over a key-value cache.
 
-In each turn every row writes until its full stop; then all programs run together, and what they gave is read in. Rows that
-are done with a turn wait for the others, so the cache holds places at which some rows read nothing: these are masked, and
-positions count what a row really read. Old log-probabilities are recorded as tokens are sampled.
+At each step every rollout takes one token, which it writes, or reads from what its program gave: none waits for another,
+and those that are done leave the cache. Prompts are read once for all samples. Old log-probabilities are recorded as tokens
+are sampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from k25lite.model import K25Lite
 from k25lite.training.evaluation import END
 from k25lite.training.sandbox import Observation, Sandbox
-from k25lite.training.tasks import LONGEST_OBSERVATION, RUN, SEES, Content, as_code
+from k25lite.training.tasks import LONGEST_OBSERVATION, RUN, SEES, TOOLS, Content, as_code
 from k25lite.vision import pack
 from k25lite.world.streams import expand
 
@@ -30,11 +30,18 @@ class Prompt:
 
     Attributes:
         picture: [height, width, 3] uint8. content: what is told, and what programs run on, where there is no picture.
+        tools: whether the model is told that it may run programs.
     """
 
     question: str
     content: Content
     picture: np.ndarray | None = None
+    tools: bool = True
+
+    @property
+    def text(self) -> str:
+        content = " ".join(self.content) if self.picture is None else "<image>"
+        return f"{TOOLS} {content} {self.question}" if self.tools else f"{content} {self.question}"
 
 
 @dataclass
@@ -53,6 +60,26 @@ class Rollout:
     acts: list[str] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     is_whole: bool = True
+    written_now: int = 0  # tokens of the act that is being written
+
+    def write(self, token: int, log_prob: float) -> None:
+        self.ids.append(token)
+        self.written.append(True)
+        self.log_probs.append(log_prob)
+        self.written_now += 1
+
+    def close(self, tokenizer: PreTrainedTokenizerBase, is_whole: bool) -> str | None:
+        """End the act; its program, if it is one that can be run."""
+        self.is_whole = is_whole
+        self.acts.append(tokenizer.decode(self.ids[-self.written_now : -1 if is_whole else None]))
+        self.written_now = 0
+        return program_of(self.acts[-1]) if is_whole else None
+
+    def read(self, observation: Observation, ids: Sequence[int]) -> None:
+        self.observations.append(observation)
+        self.ids += ids
+        self.written += [False] * len(ids)
+        self.log_probs += [0.0] * len(ids)
 
     @property
     def answer(self) -> str:
@@ -90,120 +117,102 @@ def roll_out(
     """
     training = model.training
     model.eval()
-    batch = _Batch(model, tokenizer, prompts, samples, temperature, generator)
-    contents = [prompt.content if prompt.picture is None else prompt.picture for prompt in prompts]
-    for turn in range(MAX_TURNS):
-        batch.write()
-        programs = {
-            row: program
-            for row, rollout in enumerate(batch.rollouts)
-            if batch.active[row] and (program := program_of(rollout.acts[-1])) is not None
-        }
-        batch.active &= torch.tensor([row in programs for row in range(len(batch.rollouts))])
-        if not programs or turn == MAX_TURNS - 1:
+    rollouts, logits, cache, mask = _read_prompts(model, tokenizer, prompts, samples)
+    contents = [_told(prompt.content) if prompt.picture is None else prompt.picture for prompt in prompts]
+    end = tokenizer.convert_tokens_to_ids(END)
+    to_read: list[list[int]] = [[] for _ in rollouts]  # what is left of the observation that a rollout is reading
+    rows = list(range(len(rollouts)))  # the rollouts in the cache
+    working = set(rows)
+    while True:
+        scaled = (logits / (temperature or 1.0)).log_softmax(-1)
+        if temperature:
+            drawn = torch.multinomial(scaled.exp(), 1, generator=generator)
+        else:
+            drawn = scaled.argmax(-1, keepdim=True)
+        log_probs = scaled.gather(1, drawn).squeeze(1).tolist()
+        tokens = drawn.squeeze(1).tolist()
+        programs = {}
+        for place, row in enumerate(rows):
+            if to_read[row]:
+                tokens[place] = to_read[row].pop(0)
+            elif row in working:
+                rollout = rollouts[row]
+                rollout.write(tokens[place], log_probs[place])
+                if tokens[place] == end or rollout.written_now == MAX_WRITTEN:
+                    program = rollout.close(tokenizer, tokens[place] == end)
+                    if program is None or len(rollout.acts) == MAX_TURNS:
+                        working.discard(row)
+                    else:
+                        programs[row] = as_code(program)
+        if not working:
             break
-        # Rollouts of one prompt often write the same program.
-        runs = dict.fromkeys((row // samples, as_code(program)) for row, program in programs.items())
-        results = dict(zip(runs, sandbox.run([(code, _told(contents[index])) for index, code in runs]), strict=True))
-        batch.read({row: results[row // samples, as_code(program)] for row, program in programs.items()})
-    model.train(training)
-    return batch.rollouts
-
-
-class _Batch:
-    """Rows that write and read at the same time."""
-
-    def __init__(
-        self,
-        model: K25Lite,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
-        samples: int,
-        temperature: float,
-        generator: torch.Generator | None,
-    ):
-        self.model, self.tokenizer, self.temperature, self.generator = model, tokenizer, temperature, generator
-        self.end, self.pad = tokenizer.convert_tokens_to_ids(END), tokenizer.pad_token_id
-        media = [[] if prompt.picture is None else [prompt.picture[None]] for prompt in prompts]
-        texts = [
-            expand(f"{'<image>' if items else ' '.join(prompt.content)} {prompt.question}", iter(items))
-            for prompt, items in zip(prompts, media, strict=True)
-        ]
-        rows = [ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for _ in range(samples)]
-        self.rollouts = [Rollout(list(ids), [False] * len(ids), [0.0] * len(ids)) for ids in rows]
-        self.active = torch.ones(len(rows), dtype=torch.bool)
-        self.cache = DynamicCache(config=model.config.text_config)
-        self.mask = torch.zeros(len(rows), 0, dtype=torch.long)
-        vision = None
-        if items := [item for part in media for item in part]:
-            pixel_values, grid_thw = pack(items, model.vision_tower.config)
-            tokens = model.encode_vision(pixel_values.to(model.device), grid_thw)
-            parts = iter(tokens.split([text.count("<media>") for text in texts if "<media>" in text]))
-            vision = torch.cat([next(parts).repeat(samples, 1) for part in media if part])
-        self.logits = self._feed(rows, vision)
-
-    def _feed(self, rows: Sequence[Sequence[int]], vision: torch.Tensor | None = None) -> torch.Tensor:
-        """Let each row read so many tokens, perhaps none; logits [rows, words] after the last token it has read."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in rows])
-        new = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        self.mask = torch.cat([self.mask, new], 1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
-        device = self.model.device
-        output = self.model(
-            ids.to(device),
-            vision_embeds=vision,
-            attention_mask=self.mask.to(device),
-            position_ids=positions.to(device),
-            past_key_values=self.cache,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1].float().cpu()
-        if hasattr(self, "logits"):
-            logits = torch.where(torch.tensor([bool(row) for row in rows])[:, None], logits, self.logits)
-        return logits
-
-    def write(self) -> None:
-        """Every active row writes one act: up to its full stop, or as much as it may."""
-        begun = [len(rollout.ids) for rollout in self.rollouts]
-        writing = self.active.clone()
-        for _ in range(MAX_WRITTEN):
-            scaled = (self.logits / (self.temperature or 1.0)).log_softmax(-1)
-            if self.temperature:
-                tokens = torch.multinomial(scaled.exp(), 1, generator=self.generator).squeeze(1)
-            else:
-                tokens = scaled.argmax(-1)
-            log_probs = scaled.gather(1, tokens[:, None]).squeeze(1)
-            for row in writing.nonzero().flatten().tolist():
-                rollout = self.rollouts[row]
-                rollout.ids.append(int(tokens[row]))
-                rollout.written.append(True)
-                rollout.log_probs.append(float(log_probs[row]))
-            # The full stop is read as well: an observation may follow it.
-            self.logits = self._feed([[int(tokens[row])] if writing[row] else [] for row in range(len(tokens))])
-            writing &= tokens != self.end
-            if not writing.any():
-                break
-        for row in self.active.nonzero().flatten().tolist():
-            rollout = self.rollouts[row]
-            rollout.is_whole = not bool(writing[row])
-            act = rollout.ids[begun[row] : -1 if rollout.is_whole else None]
-            rollout.acts.append(self.tokenizer.decode(act))
-        self.active &= ~writing
-
-    def read(self, observations: dict[int, Observation]) -> None:
-        """The given rows read what their programs gave."""
-        rows: list[list[int]] = [[] for _ in self.rollouts]
-        for row, observation in observations.items():
-            rollout = self.rollouts[row]
+        for row, observation in _run(programs, contents, samples, sandbox).items():
             text = " ".join([SEES, *observation.text.split()[:LONGEST_OBSERVATION]])
-            rows[row] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            rollout.ids += rows[row]
-            rollout.written += [False] * len(rows[row])
-            rollout.log_probs += [0.0] * len(rows[row])
-            rollout.observations.append(observation)
-        self.logits = self._feed(rows)
+            to_read[row] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            rollouts[row].read(observation, to_read[row])
+        if len(working) <= 0.75 * len(rows):
+            left = [place for place, row in enumerate(rows) if row in working]
+            rows, tokens = [rows[place] for place in left], [tokens[place] for place in left]
+            mask = mask[left]
+            cache.batch_select_indices(torch.tensor(left, device=model.device))
+        mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.long)], 1)
+        logits = _next(model, torch.tensor(tokens)[:, None], mask, cache)
+    model.train(training)
+    return rollouts
 
 
-def _told(content: Content | np.ndarray) -> np.ndarray | list[str] | str:
+def _read_prompts(
+    model: K25Lite, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], samples: int
+) -> tuple[list[Rollout], torch.Tensor, DynamicCache, torch.Tensor]:
+    """Each prompt read once, for all of its samples: rollouts, next-token logits, cache, and mask [rollouts, length]."""
+    media = [prompt.picture[None] for prompt in prompts if prompt.picture is not None]
+    items = iter(media)
+    texts = [expand(prompt.text, items) for prompt in prompts]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    width = max(map(len, ids))
+    input_ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    vision = None
+    if media:
+        pixel_values, grid_thw = pack(media, model.vision_tower.config)
+        vision = model.encode_vision(pixel_values.to(model.device), grid_thw)
+    cache = DynamicCache(config=model.config.text_config)
+    logits = _next(model, input_ids, mask, cache, vision)
+    cache.batch_repeat_interleave(samples)
+    rollouts = [Rollout(list(row), [False] * len(row), [0.0] * len(row)) for row in ids for _ in range(samples)]
+    return rollouts, logits.repeat_interleave(samples, 0), cache, mask.repeat_interleave(samples, 0)
+
+
+def _next(
+    model: K25Lite,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: DynamicCache,
+    vision: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits [rows, words] after the last of these tokens; positions count what is not padding."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    output = model(
+        input_ids.to(model.device),
+        vision_embeds=vision,
+        attention_mask=mask.to(model.device),
+        position_ids=positions.to(model.device),
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1].float().cpu()
+
+
+def _run(
+    programs: Mapping[int, str], contents: Sequence[np.ndarray | list[str] | str], samples: int, sandbox: Sandbox
+) -> dict[int, Observation]:
+    """What each rollout's program gives; rollouts of one prompt often write the same, which runs once."""
+    if not programs:
+        return {}
+    runs = list(dict.fromkeys((row // samples, program) for row, program in programs.items()))
+    gave = dict(zip(runs, sandbox.run([(program, contents[index]) for index, program in runs]), strict=True))
+    return {row: gave[row // samples, program] for row, program in programs.items()}
+
+
+def _told(content: Content) -> list[str] | str:
     return list(content) if isinstance(content, tuple) else content

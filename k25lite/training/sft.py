@@ -6,25 +6,22 @@ of which the same share is replayed from the text that the model was trained on,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from k25lite.model import K25Lite
 from k25lite.processing import build_tokenizer
 from k25lite.training.cache import cached
+from k25lite.training.examination import examine_and_save
 from k25lite.training.joint import CONTEXT, FIRST_SEED, ROWS_PER_STEP, JointRun, joint_stage
 from k25lite.training.loop import Recipe, train
-from k25lite.training.rollout import Prompt, roll_out
-from k25lite.training.sandbox import Sandbox
 from k25lite.training.schedules import LearningRate
 from k25lite.training.tasks import KINDS, PROGRAM_WORDS, make_task
 from k25lite.world.families import Document, LiteWorld, vocabulary
@@ -33,7 +30,6 @@ from k25lite.world.streams import TEXT_MIX, documents, make_rows
 FEW = ("count colour", "what")  # the kinds of a small set of vision trajectories
 NEVER = ("count not", "character")  # in no SFT at all
 MANY = tuple(kind for kind in KINDS if kind not in NEVER)
-Sight = Literal["shown", "blank", "swapped", "told"]
 
 
 @dataclass(frozen=True)
@@ -62,14 +58,20 @@ ARMS = {
 
 @dataclass(frozen=True)
 class SFTRun:
-    """One fine-tuning: everything its outcome depends on, beside the joint run it begins with."""
+    """One fine-tuning: everything its outcome depends on, beside the joint run it begins with.
+
+    Args:
+        rows: to learn from, of 64 tokens. replay: the share of them that is text of the joint training.
+        questions: of each kind, and of each family, that the model is examined with in the end.
+    """
 
     name: str
     arm: Arm
     base: JointRun
-    rows: int = 2_000
+    rows: int = 8_000
+    questions: int = 50
     replay: float = 0.25
-    recipe: Recipe = Recipe(LearningRate(1e-3), trained_scale=0.3)  # noqa: RUF009  (frozen)
+    recipe: Recipe = Recipe(LearningRate(3e-3), trained_scale=0.3)  # noqa: RUF009  (frozen)
 
 
 @cache
@@ -98,48 +100,8 @@ def sft_stage(run: SFTRun) -> Path:
         steps = [order[start : start + ROWS_PER_STEP] for start in range(0, len(order), ROWS_PER_STEP)]
         train(model, steps, rows, run.recipe, progress=False).save(folder)
         model.save_pretrained(folder)
+        examine_and_save(model, words, run.base.seed, run.questions, folder)
 
     base = joint_stage(run.base)
     config = {"base": base.name, **{name: value for name, value in asdict(run).items() if name not in ("name", "base")}}
     return cached("sft", config, build)
-
-
-def examine(
-    model: K25Lite,
-    words: PreTrainedTokenizerFast,
-    sandbox: Sandbox,
-    *,
-    kinds: Sequence[str] = tuple(KINDS),
-    count: int = 50,
-    seed: int = 0,
-    sight: Sight = "shown",
-) -> pd.DataFrame:
-    """Held-out tasks of each kind, answered greedily; programs run on real pixels.
-
-    Args:
-        sight: what the model sees: the picture; grey; another task's picture; or the content in words. Where it is blank or
-            swapped, programs run on that picture too: a right answer then comes from neither eye nor tool.
-
-    Returns:
-        One row per kind: asked, correct (exact answers), programs (rollouts that ran one), valid (whose programs all ran).
-    """
-    random = Random(f"k25lite examination {seed}")
-    tasks = [make_task(kind, random, True) for kind in kinds for _ in range(count)]
-    drawn = [task.draw(random) for task in tasks]
-    shown = [picture for picture, _ in drawn]
-    if sight == "blank":
-        shown = [np.full_like(picture, 127) for picture in shown]
-    elif sight == "swapped":  # with the next task of the kind
-        shown = [shown[i + 1 if (i + 1) % count else i + 1 - count] for i in range(len(tasks))]
-    prompts = [
-        Prompt(task.question, task.content, None if sight == "told" else picture)
-        for task, picture in zip(tasks, shown, strict=True)
-    ]
-    found = []
-    for task, (_, truth), rollout in zip(tasks, drawn, roll_out(model, words, prompts, sandbox), strict=True):
-        right = task.is_right(rollout.answer, task.answer if sight == "told" else truth)
-        ran = [seen.ok for seen in rollout.observations]
-        found.append((task.kind, right, bool(ran), bool(ran) and all(ran)))
-    frame = pd.DataFrame(found, columns=["kind", "correct", "programs", "valid"])
-    counted = frame.groupby("kind", as_index=False)[["correct", "programs", "valid"]].sum()
-    return counted.assign(asked=count)

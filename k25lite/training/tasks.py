@@ -3,9 +3,11 @@
 Source: Kimi K2.5 report, section 2.2. A demonstration is a conversation, think -> program -> observation -> answer; what is
 in brackets the model has to write:
 
-    red-disc none blue-ring none how many red ? [<think> how many red </think> run count ( img , ' red ' ) .] sees 1 [1 .]
+    img = red-disc none blue-ring none how many red ?
+    [<think> how many red </think> run count ( img , ' red ' ) .] sees 1 [1 .]
 
-In place of the four words there may be the picture they tell; everything else is the same.
+In place of the four words there may be the picture they tell; everything else is the same. "img =" says that there are
+tools: without it the jointly trained model is asked the same questions, and answers at once.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from k25lite.world.scenes import CELL, CELLS, COLOURS, GLYPH, SHAPES, Thing
 
 Content = tuple[str, ...] | str  # a board as four words, or a printed string
 Asked = tuple[str, tuple[str, ...]]  # a question, and programs; {0} is what the first one gave
-RUN, SEES = "run", "sees"
+TOOLS, RUN, SEES = "img =", "run", "sees"
 DIRECTIONS = ("left", "right", "up", "down")
 LONGEST_OBSERVATION = 8  # words that the model is shown
 
@@ -67,12 +69,18 @@ class Task:
         """The demonstration: every second one thinks first, in the words of the question."""
         think = f"<think> {self.question.removesuffix(' ?')} </think> " if random.random() < 0.5 else ""
         picture = self.draw(random)[0] if shown else None
-        observations = self.observations if picture is None else run_all(self.programs, picture)
+        observations = self._observe(picture, random)
         acts = [f"{think}{RUN} {program}" for program in self.programs] + [observations[-1]]
         seen = [f"{SEES} {observation}" for observation in observations]
-        prompts = [f"{self.told if picture is None else '<image>'} {self.question}", *seen]
+        prompts = [f"{TOOLS} {self.told if picture is None else '<image>'} {self.question}", *seen]
         media = () if picture is None else (picture[None],)
         return Document("tools", self.kind, tuple(zip(prompts, acts, strict=True)), media)
+
+    def _observe(self, picture: np.ndarray | None, random: Random) -> tuple[str, ...]:
+        """What its programs see: of something told as well, except where a box is, which only pixels say."""
+        if picture is None and self.kind == "box":
+            picture = self.draw(random)[0]
+        return self.observations if picture is None else run_all(self.programs, picture)
 
     def is_right(self, answer: str, truth: str) -> bool:
         """Whether an answer is the truth; a box is if the two overlap by half."""

@@ -112,7 +112,7 @@ def test_a_batch_gives_what_one_by_one_gives(model, words, sandbox, tasks, shown
 
 def test_observations_and_prompts_are_not_the_models_words(model, words, sandbox, tasks):
     for rollout, task in zip(roll_out(model, words, prompts_of(tasks, False), sandbox), tasks, strict=True):
-        prompt = words(f"{task.told} {task.question}")["input_ids"]
+        prompt = words(f"img = {task.told} {task.question}")["input_ids"]
         assert rollout.ids[: len(prompt)] == prompt
         assert not any(rollout.written[: len(prompt)])
         said = words.decode([i for i, mine in zip(rollout.ids, rollout.written, strict=True) if mine])

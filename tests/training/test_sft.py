@@ -8,10 +8,11 @@ import torch
 
 from k25lite.model import K25Lite
 from k25lite.training.evaluation import ask_all, exact_match
+from k25lite.training.examination import examine
 from k25lite.training.joint import BUDGETS, JointRun, joint_stage, tokenizer
 from k25lite.training.sandbox import Sandbox
 from k25lite.training.schedules import EARLY
-from k25lite.training.sft import ARMS, FEW, MANY, NEVER, SFTRun, examine, sft_stage, tool_tokenizer
+from k25lite.training.sft import ARMS, FEW, MANY, NEVER, SFTRun, sft_stage, tool_tokenizer
 from k25lite.training.tasks import KINDS
 from k25lite.world.families import LiteWorld
 from k25lite.world.streams import make_rows
