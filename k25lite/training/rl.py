@@ -31,16 +31,8 @@ from k25lite.training.rewards import box_f1, count_closeness, count_exact, edit_
 from k25lite.training.rollout import Prompt, Rollout, roll_out
 from k25lite.training.sandbox import Sandbox
 from k25lite.training.schedules import LearningRate
-from k25lite.training.tasks import Task, make_task
+from k25lite.training.tasks import ABILITIES, Task, make_task
 from k25lite.vision import pack
-
-ABILITIES = {
-    "count": ("count colour", "count shape", "count both", "count like"),
-    "compare": ("compare colours", "compare shapes"),
-    "locate": ("where thing", "where colour", "box"),
-    "recognise": ("what", "colour", "shape", "beside"),
-    "read": ("read",),
-}
 
 
 @dataclass(frozen=True)
@@ -57,8 +49,8 @@ class RLRecipe:
         toggle: period, threshold and percentile of `Toggle`; None for no budgets.
     """
 
-    steps: int = 60
-    prompts: int = 40
+    steps: int = 40
+    prompts: int = 36
     samples: int = 8
     pool: int = 200
     shown: float = 1.0
@@ -175,7 +167,9 @@ class Batch:
             parts = seen.split([of_row[row] for row in first])
             vision = torch.cat([part.repeat(n, 1) for part, n in zip(parts, self.repeats, strict=True)])
         ids = self.input_ids.to(model.device)
-        return token_log_probs(model(ids, vision_embeds=vision).logits / temperature, ids)
+        logits = model(ids, vision_embeds=vision).logits / temperature
+        media = torch.arange(logits.shape[-1], device=logits.device) == model.config.media_token_id
+        return token_log_probs(logits.masked_fill(media, -math.inf), ids)  # it could not be written
 
 
 def make_pool(recipe: RLRecipe, seed: int) -> dict[str, list[Question]]:

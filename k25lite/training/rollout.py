@@ -190,7 +190,10 @@ def _next(
     cache: DynamicCache,
     vision: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits [rows, words] after the last of these tokens; positions count what is not padding."""
+    """Logits [rows, words] after the last of these tokens; positions count what is not padding.
+
+    The place of a picture may be read and not written, as in `generate`.
+    """
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
     output = model(
         input_ids.to(model.device),
@@ -200,7 +203,9 @@ def _next(
         past_key_values=cache,
         logits_to_keep=1,
     )
-    return output.logits[:, -1].float().cpu()
+    logits = output.logits[:, -1].float().cpu()
+    logits[:, model.config.media_token_id] = -torch.inf
+    return logits
 
 
 def _run(

@@ -7,7 +7,7 @@ of which the same share is replayed from the text that the model was trained on,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -20,16 +20,15 @@ from k25lite.model import K25Lite
 from k25lite.processing import build_tokenizer
 from k25lite.training.cache import cached
 from k25lite.training.examination import examine_and_save
-from k25lite.training.joint import CONTEXT, FIRST_SEED, ROWS_PER_STEP, JointRun, joint_stage
+from k25lite.training.joint import BUDGETS, CONTEXT, FIRST_SEED, ROWS_PER_STEP, JointRun, joint_stage
 from k25lite.training.loop import Recipe, train
-from k25lite.training.schedules import LearningRate
-from k25lite.training.tasks import KINDS, PROGRAM_WORDS, make_task
+from k25lite.training.schedules import STRATEGIES, LearningRate
+from k25lite.training.tasks import ABILITIES, PROGRAM_WORDS, make_task
 from k25lite.world.families import Document, LiteWorld, vocabulary
-from k25lite.world.streams import TEXT_MIX, documents, make_rows
+from k25lite.world.streams import TEXT_MIX, Row, documents, make_rows
 
 FEW = ("count colour", "what")  # the kinds of a small set of vision trajectories
-NEVER = ("count not", "character")  # in no SFT at all
-MANY = tuple(kind for kind in KINDS if kind not in NEVER)
+MANY = tuple(kind for kinds in ABILITIES.values() for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,37 @@ class Arm:
     share: float = 0.0
 
     def demonstrations(self, random: Random) -> Iterator[Document]:
+        """Without end, equally many of each ability that has a kind here."""
         while True:
             shown = random.random() < self.share
-            yield make_task(random.choice(self.shown if shown else self.told), random, False).document(random, shown)
+            learnt = self.shown if shown else self.told
+            abilities = [mine for kinds in ABILITIES.values() if (mine := [kind for kind in kinds if kind in learnt])]
+            yield make_task(random.choice(random.choice(abilities)), random, False).document(random, shown)
 
 
-ZERO_VISION = Arm(told=MANY)
 ARMS = {
-    "zero-vision": ZERO_VISION,
+    "no SFT": Arm(),
+    "zero-vision": Arm(told=MANY),
     "text + few vision": Arm(told=MANY, shown=FEW, share=0.2),
     "few vision": Arm(shown=FEW, share=1.0),
     "many vision": Arm(shown=MANY, share=1.0),  # as diverse as the text
     "few text": Arm(told=FEW),  # as narrow as the small vision set
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much post-training does: rows of SFT, steps of RL, questions of each kind in an examination."""
+
+    rows: int
+    steps: int
+    questions: int
+
+
+SIZES = {
+    "smoke": Size(rows=20, steps=2, questions=1),
+    "lite": Size(rows=4_000, steps=30, questions=25),
+    "full": Size(rows=8_000, steps=40, questions=50),
 }
 
 
@@ -68,16 +86,34 @@ class SFTRun:
     name: str
     arm: Arm
     base: JointRun
-    rows: int = 8_000
-    questions: int = 50
+    rows: int
+    questions: int
     replay: float = 0.25
-    recipe: Recipe = Recipe(LearningRate(3e-3), trained_scale=0.3)  # noqa: RUF009  (frozen)
+    recipe: Recipe = Recipe(LearningRate(3e-3), trained_scale=0.1)  # noqa: RUF009  (frozen)
 
 
 @cache
 def tool_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the world with the words of programs after it, so that known words keep their ids."""
     return build_tokenizer([*vocabulary(), *PROGRAM_WORDS])
+
+
+def sft_run(name: str, seed: int, profile: str, **changes: Any) -> SFTRun:
+    """An arm at a profile, from the early-fusion model of a seed."""
+    size = SIZES[profile]
+    base = JointRun("early", seed, BUDGETS[profile], STRATEGIES["early"])
+    run = SFTRun(name, ARMS[name], base, size.rows if ARMS[name] != Arm() else 0, size.questions)
+    return replace(run, **changes)
+
+
+def sft_rows(run: SFTRun) -> dict[str, list[Row]]:
+    """What a fine-tuning learns from: replayed text, and demonstrations of tools."""
+    seed, words = FIRST_SEED + run.base.seed, tool_tokenizer()
+    replayed = round(run.rows * run.replay)
+    return {
+        "replay": make_rows(documents(LiteWorld(seed), TEXT_MIX, seed + 1), replayed, CONTEXT, words),
+        "tools": make_rows(run.arm.demonstrations(Random(f"k25lite SFT {seed}")), run.rows - replayed, CONTEXT, words),
+    }
 
 
 def sft_stage(run: SFTRun) -> Path:
@@ -89,18 +125,15 @@ def sft_stage(run: SFTRun) -> Path:
         model = K25Lite.from_pretrained(base)
         words = tool_tokenizer()
         model.resize_token_embeddings(len(words))
-        random = Random(f"k25lite SFT {seed}")
-        replayed = round(run.rows * run.replay)
-        rows = {
-            "replay": make_rows(documents(LiteWorld(seed), TEXT_MIX, seed + 1), replayed, CONTEXT, words),
-            "tools": make_rows(run.arm.demonstrations(random), run.rows - replayed, CONTEXT, words),
-        }
-        order: list[tuple[Any, int]] = [(stream, index) for stream, part in rows.items() for index in range(len(part))]
-        random.shuffle(order)
-        steps = [order[start : start + ROWS_PER_STEP] for start in range(0, len(order), ROWS_PER_STEP)]
-        train(model, steps, rows, run.recipe, progress=False).save(folder)
+        if run.rows:
+            rows = sft_rows(run)
+            order: list[tuple[Any, int]] = [(stream, i) for stream, part in rows.items() for i in range(len(part))]
+            Random(f"k25lite SFT order {seed}").shuffle(order)
+            steps = [order[start : start + ROWS_PER_STEP] for start in range(0, len(order), ROWS_PER_STEP)]
+            train(model, steps, rows, run.recipe, progress=False).save(folder)
         model.save_pretrained(folder)
-        examine_and_save(model, words, run.base.seed, run.questions, folder)
+        # Who has learnt no tools is not told of any: it is asked as in its training.
+        examine_and_save(model, words, run.base.seed, run.questions, folder, tools=run.rows > 0)
 
     base = joint_stage(run.base)
     config = {"base": base.name, **{name: value for name, value in asdict(run).items() if name not in ("name", "base")}}

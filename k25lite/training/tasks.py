@@ -184,6 +184,17 @@ STRING_KINDS: dict[str, Callable[[Content, Random], Asked | None]] = {
     "character": _character,
 }
 KINDS = {**BOARD_KINDS, **STRING_KINDS}
+# Asked about pictures, without tools, in the joint training already.
+KNOWN = ("count colour", "count shape", "compare colours", "compare shapes", "where thing", "what", "read")
+NEVER = ("count not", "character")  # never learnt, neither from demonstrations nor from rewards
+ABILITIES = {
+    "count": ("count colour", "count shape", "count both", "count like"),
+    "compare": ("compare colours", "compare shapes"),
+    "recognise": ("what", "colour", "shape", "beside"),
+    "locate": ("where thing", "where colour"),
+    "ground": ("box",),
+    "read": ("read",),
+}
 # What a program may be written in beside the words of the world.
 PROGRAM_WORDS = tuple(
     "run sees img count find thing cell colour shape beside read box plus like not character of".split()

@@ -17,9 +17,9 @@ from k25lite.model import K25Lite
 from k25lite.training.cache import cached
 from k25lite.training.examination import examine, examine_and_save
 from k25lite.training.joint import FIRST_SEED, JointRun, joint_stage
-from k25lite.training.rl import ABILITIES, RLRecipe, reinforce
+from k25lite.training.rl import RLRecipe, reinforce
 from k25lite.training.sandbox import Sandbox
-from k25lite.training.sft import SFTRun, sft_stage, tool_tokenizer
+from k25lite.training.sft import MANY, SFTRun, sft_stage, tool_tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,25 @@ class RLRun:
 
     Args:
         name: in figures; it changes nothing else.
-        start: what it begins with: a fine-tuned model, or (a cold start) a jointly trained one.
+        start: what it begins with: a fine-tuned model; the end of another run; or, a cold start, a jointly trained model.
         questions: of each kind in the examination at the end; curve_questions: in those on the way.
     """
 
     name: str
-    start: SFTRun | JointRun
+    start: SFTRun | JointRun | RLRun
     recipe: RLRecipe = RLRecipe()  # noqa: RUF009  (frozen)
     questions: int = 50
     curve_questions: int = 20
 
     @property
     def seed(self) -> int:
-        return self.start.seed if isinstance(self.start, JointRun) else self.start.base.seed
+        return self.start.base.seed if isinstance(self.start, SFTRun) else self.start.seed
 
 
-def begin(start: SFTRun | JointRun) -> Path:
+def begin(start: SFTRun | JointRun | RLRun) -> Path:
     """The folder of the model that a run begins with."""
+    if isinstance(start, RLRun):
+        return rl_stage(start)
     return joint_stage(start) if isinstance(start, JointRun) else sft_stage(start)
 
 
@@ -56,13 +58,12 @@ def rl_stage(run: RLRun) -> Path:
         torch.manual_seed(seed)
         model, words = K25Lite.from_pretrained(first), tool_tokenizer()
         model.resize_token_embeddings(len(words))  # nothing, after SFT
-        kinds = [kind for part in ABILITIES.values() for kind in part]
         every = max(run.recipe.steps // 6, 1)
         with Sandbox() as sandbox:
 
             def curve(model: K25Lite) -> pd.DataFrame:
                 return examine(
-                    model, words, sandbox, kinds=kinds, count=run.curve_questions, seed=FIRST_SEED // 2 + run.seed
+                    model, words, sandbox, kinds=MANY, count=run.curve_questions, seed=FIRST_SEED // 2 + run.seed
                 )
 
             points = range(0, run.recipe.steps + 1, every)

@@ -93,7 +93,9 @@ def test_recorded_log_probabilities_are_those_of_one_pass_over_the_whole(model, 
             pixel_values, grid_thw = pack([prompts[index // 3].picture[None]], model.vision_tower.config)
             vision = {"pixel_values": pixel_values, "grid_thw": grid_thw}
         with torch.no_grad():
-            whole = token_log_probs(model(ids, **vision).logits / 1.3, ids)[0]
+            logits = model(ids, **vision).logits / 1.3
+            logits[..., model.config.media_token_id] = -torch.inf
+            whole = token_log_probs(logits, ids)[0]
         written = torch.tensor(rollout.written)
         assert len(rollout.ids) == len(rollout.written) == len(rollout.log_probs)
         assert written.any()
@@ -121,13 +123,16 @@ def test_observations_and_prompts_are_not_the_models_words(model, words, sandbox
 
 
 def test_a_model_that_knows_nothing_comes_to_an_end(words, sandbox, tasks):
+    """And writes no place of a picture, which no picture would fill."""
     torch.manual_seed(1)
     model = K25Lite(model_config(hidden_size=64, intermediate_size=128))
     model.resize_token_embeddings(len(words))
     generator = torch.Generator().manual_seed(0)
-    for rollout in roll_out(model, words, prompts_of(tasks, False), sandbox, temperature=1.0, generator=generator):
+    prompts = prompts_of(tasks, False)
+    for rollout in roll_out(model, words, prompts, sandbox, samples=8, temperature=3.0, generator=generator):
         assert rollout.length <= 3 * MAX_WRITTEN
         assert rollout.is_whole or rollout.answer == ""
+        assert model.config.media_token_id not in rollout.ids
 
 
 @pytest.mark.parametrize(

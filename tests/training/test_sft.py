@@ -12,8 +12,8 @@ from k25lite.training.examination import examine
 from k25lite.training.joint import BUDGETS, JointRun, joint_stage, tokenizer
 from k25lite.training.sandbox import Sandbox
 from k25lite.training.schedules import EARLY
-from k25lite.training.sft import ARMS, FEW, MANY, NEVER, SFTRun, sft_stage, tool_tokenizer
-from k25lite.training.tasks import KINDS
+from k25lite.training.sft import ARMS, FEW, MANY, SFTRun, sft_stage, tool_tokenizer
+from k25lite.training.tasks import KINDS, NEVER
 from k25lite.world.families import LiteWorld
 from k25lite.world.streams import make_rows
 
@@ -71,7 +71,7 @@ def test_known_words_keep_their_ids_and_their_meaning(base):
 
 
 def test_a_stage_is_trained_once_and_examined_on_pictures(base):
-    run = SFTRun("zero-vision", ARMS["zero-vision"], base, rows=20)
+    run = SFTRun("zero-vision", ARMS["zero-vision"], base, rows=20, questions=1)
     folder = sft_stage(run)
     assert sft_stage(replace(run, name="another name")) == folder
     assert sft_stage(replace(run, arm=ARMS["few text"])) != folder
