@@ -1,7 +1,8 @@
 """`k25lite bench training`: what training costs, each part against the barest PyTorch that does the same work.
 
 Measured: the loop against bare steps, the language model against a plain decoder and as a mixture of experts against the
-dense one, the fraction of the matrix peak, the decoupled encoder, MuonClip, and how time and memory grow with the model.
+dense one, the fraction of the matrix peak, the decoupled encoder, MuonClip, rollouts against `generate`, the parts of an RL
+step, and how time and memory grow with the model.
 
 Inputs are rows of the Lite World, packed as in training. Precision is the loop's: bfloat16 autocast on a GPU that has it.
 Not covered: several processes, evaluation, checkpoints, the making of rows; the kernels' own workspace as memory.
@@ -37,6 +38,7 @@ from k25lite.bench import (
 )
 from k25lite.model import K25Lite, K25LiteConfig
 from k25lite.training.bench_plain import PLAIN, PlainDecoder, active_parameters, count_flops, refuse_unequal_work
+from k25lite.training.bench_rollouts import rollouts
 from k25lite.training.decoupled import decoupled_backward
 from k25lite.training.joint import tokenizer
 from k25lite.training.loop import Batch, Recipe, collate, has_bf16, make_optimiser, next_token_loss, train
@@ -57,11 +59,11 @@ Calls = Mapping[str, Callable[[], object]]
 
 
 def run(device: str | None = None, quick: bool = False) -> Report:
-    """Measure everything: about 3 minutes on 2 CPU cores.
+    """Measure everything: about 4 minutes on 2 CPU cores.
 
     Args:
-        device: "cpu" or "cuda"; both by default where there is a GPU. The loop chooses its device itself, the GPU if there
-            is one, and is measured there only.
+        device: "cpu" or "cuda"; both by default where there is a GPU. The loop and RL choose their device themselves, the
+            GPU if there is one, and are measured there only.
         quick: tiny shapes in a few seconds, to see that everything works. Its numbers mean nothing.
 
     Raises:
@@ -72,7 +74,7 @@ def run(device: str | None = None, quick: bool = False) -> Report:
     report = Report("; ".join(device_name(each) for each in measured))
     for each in measured:
         bench = Bench(report, each, quick)
-        parts = [bench.language, bench.optimisers, bench.decoupled, bench.growth]
+        parts = [bench.language, bench.optimisers, bench.decoupled, bench.growth, partial(rollouts, bench)]
         if each == devices()[-1]:
             parts.insert(0, bench.loop)
         for part in tqdm(parts, desc=f"training, {each.type}", disable=None):

@@ -1,13 +1,15 @@
-"""Vision RL from a model that has learnt its tools, or from one that has not: runs, cached as stages.
+"""Vision RL, from a model that has learnt its tools or from one that has not, and rejection sampling: cached stages.
 
 Source: Kimi K2.5 report, section 2.3, Figure 2, Table 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pandas as pd
@@ -16,10 +18,16 @@ import torch
 from k25lite.model import K25Lite
 from k25lite.training.cache import cached
 from k25lite.training.examination import examine, examine_and_save
-from k25lite.training.joint import FIRST_SEED, JointRun, joint_stage
-from k25lite.training.rl import RLRecipe, reinforce
+from k25lite.training.joint import CONTEXT, FIRST_SEED, ROWS_PER_STEP, JointRun, joint_stage
+from k25lite.training.loop import train
+from k25lite.training.rl import Question, RLRecipe, make_pool, reinforce
+from k25lite.training.rollout import roll_out
 from k25lite.training.sandbox import Sandbox
+from k25lite.training.schedules import plan
 from k25lite.training.sft import MANY, SFTRun, sft_stage, tool_tokenizer
+from k25lite.training.tasks import ABILITIES, LONGEST_OBSERVATION, SEES
+from k25lite.world.families import Document
+from k25lite.world.streams import make_rows
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,54 @@ def rl_stage(run: RLRun) -> Path:
     first = begin(run.start)
     config: dict[str, Any] = {name: value for name, value in asdict(run).items() if name not in ("name", "start")}
     return cached("rl", {"start": first.name} | config, build)
+
+
+def rejection_stage(run: RLRun) -> Path:
+    """The folder of a model fine-tuned on what it got right itself, with as many rollouts as the run has.
+
+    Rejection-sampling fine-tuning: all rollouts come from the start, the right ones are learnt from as demonstrations are.
+    """
+
+    def build(folder: Path) -> None:
+        seed = FIRST_SEED + run.seed
+        torch.manual_seed(seed)
+        model, words = K25Lite.from_pretrained(first), tool_tokenizer()
+        recipe = replace(run.recipe, pool=-(-run.recipe.steps * run.recipe.prompts // len(ABILITIES)))
+        questions = [question for part in make_pool(recipe, seed).values() for question in part]
+        with Sandbox() as sandbox:
+            documents = list(successes(model, questions, sandbox, recipe, seed))
+        Random(f"k25lite rejection {seed}").shuffle(documents)
+        if documents:
+            # Without end, because rows are counted: each success is learnt from about once.
+            rows = make_rows(cycle(documents), max(len(documents) // 2, ROWS_PER_STEP), CONTEXT, words)
+            steps = plan(None, len(rows), 0, ROWS_PER_STEP)
+            train(model, steps, {"text": rows}, run.recipe.update, progress=False).save(folder)
+        model.save_pretrained(folder)
+        examine_and_save(model, words, run.seed, run.questions, folder)
+
+    first = begin(run.start)
+    config: dict[str, Any] = {name: value for name, value in asdict(run).items() if name not in ("name", "start")}
+    return cached("rejection", {"start": first.name} | config, build)
+
+
+def successes(
+    model: K25Lite, questions: Sequence[Question], sandbox: Sandbox, recipe: RLRecipe, seed: int
+) -> Iterator[Document]:
+    """The right ones of `recipe.samples` rollouts of each question, as demonstrations."""
+    generator, words = torch.Generator().manual_seed(seed), tool_tokenizer()
+    for start in range(0, len(questions), recipe.prompts):
+        part = questions[start : start + recipe.prompts]
+        prompts = [question.prompt for question in part]
+        options: dict[str, Any] = {"samples": recipe.samples, "temperature": recipe.temperature, "generator": generator}
+        for index, rollout in enumerate(roll_out(model, words, prompts, sandbox, **options)):
+            question = part[index // recipe.samples]
+            fits = len(rollout.ids) < CONTEXT  # <eos> comes after
+            if fits and question.task.is_right(rollout.answer, question.truth):
+                picture = question.prompt.picture
+                seen = [" ".join([SEES, *each.text.split()[:LONGEST_OBSERVATION]]) for each in rollout.observations]
+                read = [question.prompt.text, *seen]
+                media = () if picture is None else (picture[None],)
+                yield Document("tools", question.task.kind, tuple(zip(read, rollout.acts, strict=True)), media)
 
 
 def gather(runs: Sequence[RLRun], folders: Sequence[Path]) -> dict[str, pd.DataFrame]:

@@ -41,7 +41,11 @@ def test_arms_separate_modality_from_diversity():
     assert not set(MANY) & set(NEVER)
     assert set(FEW) < set(MANY)
     shares = {}
+    assert not ARMS["no SFT"].told
+    assert not ARMS["no SFT"].shown
     for name, arm in ARMS.items():
+        if name == "no SFT":
+            continue
         demonstrations = arm.demonstrations(Random(1))
         documents = [next(demonstrations) for _ in range(400)]
         told = {document.kind for document in documents if not document.media}
