@@ -41,9 +41,14 @@ def examine(
             swapped, programs run on that picture too: a right answer then comes from neither eye nor tool.
         tools: whether the questions are asked as to a model with tools.
 
+    Raises:
+        ValueError: one question of each kind, to be swapped.
+
     Returns:
         One row per kind: asked, correct (exact answers), programs (rollouts that ran one), valid (whose programs all ran).
     """
+    if sight == "swapped" and count < 2:
+        raise ValueError("pictures are swapped within a kind: ask two questions or more of each")
     random = Random(f"k25lite examination {seed}")
     tasks = [make_task(kind, random, True) for kind in kinds for _ in range(count)]
     drawn = [task.draw(random) for task in tasks]

@@ -65,15 +65,21 @@ class RLRecipe:
     update: Recipe = Recipe(LearningRate(1e-3), trained_scale=0.3)  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
-        if self.prompts % len(ABILITIES) or min(self.steps, self.prompts, self.reuse) < 1 or self.samples < 2:
-            raise ValueError(
-                f"steps, reuse from 1, samples from 2, prompts a multiple of {len(ABILITIES)} abilities: "
-                f"{self.steps}, {self.reuse}, {self.samples}, {self.prompts}"
-            )
-        if not 0 <= self.shown <= 1 or self.pool < self.prompts // len(ABILITIES) or self.temperature <= 0:
-            raise ValueError(
-                f"shown in 0..1, pool a step's worth or more: {self.shown}, {self.pool}; temperature above 0"
-            )
+        rules = {
+            "steps": self.steps >= 1,
+            "prompts": self.prompts >= 1 and self.prompts % len(ABILITIES) == 0,  # equally many of each ability
+            "samples": self.samples >= 2,
+            "pool": self.pool >= self.prompts // len(ABILITIES),  # a step's worth
+            "shown": 0 <= self.shown <= 1,
+            "temperature": 0 < self.temperature < math.inf,
+            "low": self.low < 0,
+            "high": self.high > 0,
+            "tau": self.tau >= 0,
+            "clip": self.clip in ("mask", "ppo", "none"),
+            "reuse": self.reuse >= 1,
+        }
+        if wrong := [f"{name} = {getattr(self, name)!r}" for name, holds in rules.items() if not holds]:
+            raise ValueError(f"a recipe of RL cannot have {', '.join(wrong)}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,8 @@ class Batch:
     ) -> Batch | None:
         """The rollouts of groups whose advantages are not all zero; None if there are none.
 
-        While the policy is the one that wrote them the others have no gradient. `all_of_them` is for what is used again.
+        While the policy is the one that wrote them the others have no gradient. `all_of_them` keeps these beside, for what
+        is used again.
 
         Args:
             gains: [prompts, K], advantages.
@@ -138,7 +145,7 @@ class Batch:
         samples = gains.shape[1]
         kept = [index for index, gain in enumerate(gains) if all_of_them or gain.any()]
         chosen = [rollout for index in kept for rollout in rollouts[index * samples : (index + 1) * samples]]
-        if not chosen:
+        if not gains.any():  # Muon would scale up the rounding of no gradient at all
             return None
         length = max(len(rollout.ids) for rollout in chosen)
 
@@ -282,7 +289,7 @@ def reinforce(
                 saver.save(step + 1, log, scores)
     if evaluate and recipe.steps in evaluate_at:
         scores += evaluate(model).assign(step=recipe.steps).to_dict("records")
-    return RLHistory(pd.DataFrame(log), pd.DataFrame(scores))
+    return RLHistory(pd.DataFrame(log).astype(float), pd.DataFrame(scores))
 
 
 def update(

@@ -148,7 +148,9 @@ def roll_out(
             break
         for row, observation in _run(programs, contents, samples, sandbox).items():
             text = " ".join([SEES, *observation.text.split()[:LONGEST_OBSERVATION]])
-            to_read[row] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            # What a program prints is never the place of a picture.
+            to_read[row] = [token for token in ids if token != model.config.media_token_id]
             rollouts[row].read(observation, to_read[row])
         if len(working) <= 0.75 * len(rows):
             left = [place for place, row in enumerate(rows) if row in working]

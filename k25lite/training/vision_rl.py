@@ -95,6 +95,7 @@ def rejection_stage(run: RLRun) -> Path:
         seed = FIRST_SEED + run.seed
         torch.manual_seed(seed)
         model, words = K25Lite.from_pretrained(first), tool_tokenizer()
+        model.resize_token_embeddings(len(words))  # nothing, after SFT
         recipe = replace(run.recipe, pool=-(-run.recipe.steps * run.recipe.prompts // len(ABILITIES)))
         questions = [question for part in make_pool(recipe, seed).values() for question in part]
         with Sandbox() as sandbox:

@@ -17,7 +17,7 @@ from k25lite.training.tasks import KINDS, NEVER
 from k25lite.world.families import LiteWorld
 from k25lite.world.streams import make_rows
 
-TINY = replace(BUDGETS["smoke"], caption_rows=10, rows=20, questions=2, curve_questions=1)
+TINY = replace(BUDGETS["smoke"], caption_rows=10, rows=20, questions=2, curve_questions=2)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_known_words_keep_their_ids_and_their_meaning(base):
 
 
 def test_a_stage_is_trained_once_and_examined_on_pictures(base):
-    run = SFTRun("zero-vision", ARMS["zero-vision"], base, rows=20, questions=1)
+    run = SFTRun("zero-vision", ARMS["zero-vision"], base, rows=20, questions=2)
     folder = sft_stage(run)
     assert sft_stage(replace(run, name="another name")) == folder
     assert sft_stage(replace(run, arm=ARMS["few text"])) != folder

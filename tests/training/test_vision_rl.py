@@ -20,13 +20,13 @@ from k25lite.training.tasks import KINDS
 from k25lite.training.vision_rl import RLRun, begin, gather, rl_stage
 from k25lite.world.families import FAMILIES
 
-TINY = replace(BUDGETS["smoke"], caption_rows=10, rows=20, questions=2, curve_questions=1)
+TINY = replace(BUDGETS["smoke"], caption_rows=10, rows=20, questions=2, curve_questions=2)
 RECIPE = RLRecipe(steps=2, prompts=6, samples=2, pool=2)
 BASE = JointRun("early", 3, TINY, EARLY)
-TOOLS = SFTRun("zero-vision", ARMS["zero-vision"], BASE, rows=20, questions=1)
-WARM = RLRun("warm", TOOLS, RECIPE, questions=1, curve_questions=1)
-ON = RLRun("on", WARM, replace(RECIPE, shown=0.0), questions=1, curve_questions=1)
-COLD = RLRun("cold", BASE, RECIPE, questions=1, curve_questions=1)
+TOOLS = SFTRun("zero-vision", ARMS["zero-vision"], BASE, rows=20, questions=2)
+WARM = RLRun("warm", TOOLS, RECIPE, questions=2, curve_questions=2)
+ON = RLRun("on", WARM, replace(RECIPE, shown=0.0), questions=2, curve_questions=2)
+COLD = RLRun("cold", BASE, RECIPE, questions=2, curve_questions=2)
 
 
 def weights(model):
@@ -73,8 +73,8 @@ def test_what_the_outcome_depends_on_makes_another_run(trained, monkeypatch):
             replace(WARM, recipe=replace(RECIPE, clip="ppo")),
             replace(WARM, recipe=replace(RECIPE, update=replace(RECIPE.update, clip=2.0))),
             replace(WARM, recipe=replace(RECIPE, toggle=(1, 0.5, 50.0))),
-            replace(WARM, questions=2),
-            replace(WARM, curve_questions=2),
+            replace(WARM, questions=3),
+            replace(WARM, curve_questions=3),
             replace(WARM, start=BASE),
         ]
         assert len({rl_stage(run) for run in (WARM, *others)}) == len(others) + 1
@@ -130,7 +130,7 @@ def test_gather_gives_what_the_runs_left_with_name_and_seed(trained):
         assert sorted(zip(exam.sight, exam.kind, strict=True)) == sorted((s, k) for s in SIGHTS for k in KINDS)
         assert set(families.family) == set(FAMILIES)
         for frame in (scores, exam):
-            assert (frame.asked == 1).all()
+            assert (frame.asked == 2).all()
             assert (frame.valid <= frame.programs).all()
             assert (frame.programs <= frame.asked).all()
             assert (frame.correct <= frame.asked).all()
@@ -139,7 +139,7 @@ def test_gather_gives_what_the_runs_left_with_name_and_seed(trained):
     assert frames["log"].entropy.tolist()[:2] == [row["entropy"] for row in raw], "to the last digit"
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [2, 5])
 def test_swapped_no_task_is_shown_its_own_picture_and_every_picture_is_of_its_kind(monkeypatch, count):
     """The model is asked nothing here: what it would be shown is looked at."""
     shown = {}
@@ -158,3 +158,8 @@ def test_swapped_no_task_is_shown_its_own_picture_and_every_picture_is_of_its_ki
         first = index - index % count
         assert any(np.array_equal(other, picture) for picture in shown["shown"][first : first + count])
         assert not np.array_equal(other, own)
+
+
+def test_one_question_of_a_kind_cannot_be_swapped():
+    with pytest.raises(ValueError, match="two questions or more"):
+        examine(None, None, None, count=1, sight="swapped")
