@@ -40,7 +40,7 @@ format: setup  ## format the code and the notebooks, and mend what the linter ca
 lock: setup  ## resolve constraints.txt anew from pyproject.toml
 	$(BIN)/pip install --quiet uv
 	@echo "# Exact versions of everything the project installs, for Python 3.11 and newer. Made by: make lock" > constraints.tmp
-	echo "$(TORCH)" | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras \
+	echo "$(TORCH)" | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra game --extra ray --extra dev \
 	    --no-header --no-annotate pyproject.toml --constraint - | grep -vE '^(nvidia-|cuda-|triton)' >> constraints.tmp
 	mv constraints.tmp constraints.txt
 

@@ -14,6 +14,8 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
 bench = typer.Typer(no_args_is_help=True, help="Measure k25lite against its peers, side by side in one run.")
 app.add_typer(bench, name="bench")
+widesearch = typer.Typer(no_args_is_help=True, help="Score answers of the WideSearch benchmark, which are tables.")
+app.add_typer(widesearch, name="widesearch")
 
 
 class Profile(StrEnum):
@@ -25,6 +27,11 @@ class Profile(StrEnum):
 class Backend(StrEnum):
     openai = "openai"
     local = "local"
+
+
+class Scoring(StrEnum):
+    compatible = "compatible"
+    strict = "strict"
 
 
 @contextmanager
@@ -102,6 +109,29 @@ def swarm(
     typer.echo(result.answer if result.done else f"k25lite: {result.reason}", err=not result.done)
     if not result.done:
         raise typer.Exit(1)
+
+
+@widesearch.command(
+    "score", epilog="Example: `k25lite widesearch score --tasks tasks.jsonl --gold gold --responses responses.jsonl`"
+)
+def widesearch_score(
+    tasks: Annotated[Path, typer.Option(help="JSONL: instance_id, query, language, evaluation.")],
+    gold: Annotated[Path, typer.Option(help="Folder with the gold tables, INSTANCE_ID.csv.")],
+    responses: Annotated[Path, typer.Option(help="JSONL: instance_id, trial, response.")],
+    mode: Annotated[Scoring, typer.Option(help="The public evaluation's numbers, or a reward's.")] = Scoring.compatible,
+    json: Annotated[Path | None, typer.Option(help="Write the scores of all trials here.")] = None,
+    judge: Annotated[str | None, typer.Option(help="For llm_judge columns: a function, as module:name.")] = None,
+    align: Annotated[str | None, typer.Option(help="Maps columns and keys to gold's: module:name.")] = None,
+) -> None:
+    """Score tables against gold, by rows and by items: avg@N, max@N and min@N over the trials of each task."""
+    from k25lite.swarm.widesearch import evaluate, load_responses, load_tasks, plugin
+
+    with one_line_errors():
+        functions = {"judge": plugin(judge), "align": plugin(align)}
+        report = evaluate(load_tasks(tasks, gold), load_responses(responses), mode.value, **functions)
+        typer.echo(report.table())
+        if json:
+            report.save(json)
 
 
 Json = Annotated[Path | None, typer.Option(help="Write the measurements here.")]
