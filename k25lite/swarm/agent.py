@@ -14,12 +14,16 @@ from k25lite.swarm.policy import Message, Policy, Reply, ToolCall
 from k25lite.swarm.tools import Tool, cut, describe, is_cancelled
 from k25lite.swarm.trace import Trace, TraceError
 
-MAX_CALLS = 256  # of tools in one step: a reply that asks for more is malformed
+MAX_CALLS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """What an agent is, before it has a task. It holds no state: one agent may work on many tasks at the same time."""
+    """What an agent is, before it has a task. It holds no state: one agent may work on many tasks at the same time.
+
+    Attributes:
+        max_calls: of tools in one step; a reply that asks for more is malformed.
+    """
 
     name: str
     policy: Policy
@@ -27,6 +31,7 @@ class Agent:
     tools: Mapping[str, Tool] = field(default_factory=dict)
     limits: Limits = NO_LIMITS
     context: Context = keep_all
+    max_calls: int = MAX_CALLS
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +143,7 @@ class Work:
                 if not reply.content.strip():
                     raise Malformed("malformed: neither an answer nor a call")
                 return reply.content
-            if len(reply.calls) > MAX_CALLS:
+            if len(reply.calls) > agent.max_calls:
                 raise Malformed(f"malformed: {len(reply.calls):,} calls in one step")
             messages.append(reply.message)
             contents = await self._observe(reply.calls)

@@ -1,6 +1,6 @@
 """The same work in public frameworks, each as its documentation says; those that are not installed are left out.
 
-    pip install langgraph openai-agents smolagents
+    pip install -e '.[peers]'
 
 - langgraph: a graph sends every prompt (`Send`) to a compiled subgraph of a model node and a tool node. Both are plain
   functions, which spares it the wrappers of LangChain's models and tools.

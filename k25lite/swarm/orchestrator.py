@@ -7,12 +7,14 @@ sharding). Whether, when and how to split a task is up to the policy, not to thi
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from k25lite.swarm.agent import Agent, Result, Work
+from k25lite.swarm.agent import MAX_CALLS, Agent, Result, Work
 from k25lite.swarm.context import Context, keep_all
 from k25lite.swarm.limits import NO_LIMITS, Account, Limits
 from k25lite.swarm.policy import Policy
@@ -76,6 +78,7 @@ class Orchestrator:
         tools: its own, beside `create_subagent` and `assign_task`.
         sub_policy: of sub-agents, by default the same. sub_tools: by default the same.
         limits: of the orchestrator with all its sub-agents; its steps are counted apart in `own_limits`.
+        max_calls: in one of its steps. Its sub-agents have the default.
         team: changes to the fields of `Team`: limits, max_parallel, max_depth, retries, ...
         executor: where sub-agents work.
     """
@@ -91,6 +94,7 @@ class Orchestrator:
         limits: Limits = NO_LIMITS,
         own_limits: Limits = OWN_LIMITS,
         context: Context = keep_all,
+        max_calls: int = MAX_CALLS,
         team: Mapping[str, Any] | None = None,
         executor: Executor = in_this_loop,
     ):
@@ -100,7 +104,7 @@ class Orchestrator:
         if taken := SPAWNING.keys() & {*own, *given}:
             raise ValueError(f"the tools {sorted(taken)} are the orchestrator's own")
         self.limits, self.executor = limits, executor
-        self.agent = Agent("orchestrator", policy, system_prompt, own, own_limits, context)
+        self.agent = Agent("orchestrator", policy, system_prompt, own, own_limits, context, max_calls)
 
     async def run(self, task: str, trace: Trace | None = None) -> Result:
         """Work on a task until there is an answer, or a reason why not; nothing is left running.
@@ -122,7 +126,8 @@ class Orchestrator:
         work = Leader(run, 1, self.agent, ROOT, trace, account, critical)
         try:
             async with asyncio.timeout(None if seconds is None else seconds - trace.now()):
-                result = await work.run(task)
+                with RARE_COLLECTION:
+                    result = await work.run(task)
         except TimeoutError:
             result = work.result(reason=f"limit of {seconds} seconds reached")
         result = replace(result, steps=total.steps, tokens=total.tokens, cost=total.money)
@@ -133,6 +138,34 @@ class Orchestrator:
     def run_sync(self, task: str, trace: Trace | None = None) -> Result:
         """`run`, where no event loop is running."""
         return asyncio.run(self.run(task, trace))
+
+
+class RareCollection:
+    """While runs go on, look for garbage less often; the last one to end leaves things as the first one found them.
+
+    A run makes many objects that live long, and next to no garbage in cycles. Python, which looks at what is new after
+    every 700 objects and then now and again at all that lives, would take up to a third of its time for that.
+    """
+
+    def __init__(self, threshold: int = 50_000):
+        self.threshold, self.runs, self.lock = threshold, 0, threading.Lock()
+        self.before = gc.get_threshold()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.runs += 1
+            if self.runs == 1:
+                self.before = first, *others = gc.get_threshold()
+                gc.set_threshold(first and max(first, self.threshold), *others)  # 0 is never
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.runs -= 1
+            if self.runs == 0:
+                gc.set_threshold(*self.before)
+
+
+RARE_COLLECTION = RareCollection()
 
 
 class Places:

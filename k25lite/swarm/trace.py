@@ -33,7 +33,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import PydanticSerializationError, SchemaValidator, core_schema, to_json
 
 from k25lite.swarm.policy import Reply, ToolCall
 
@@ -65,15 +65,22 @@ class Secrets:
         for _ in range(2):  # as they stand in JSON, which tools return, and in JSON within the JSON of the trace
             named |= {json.dumps(value, ensure_ascii=ascii)[1:-1] for value in named for ascii in (True, False)}
         longest_first = sorted(named, key=len, reverse=True)
-        self.marks = (*named, *_SECRET_MARKS, "Bearer ")
         self.pattern = re.compile("|".join([*map(re.escape, longest_first), _SECRET_FORMS]))
+        # How secrets begin: for that, pydantic's regular expressions search a thousand times as fast as Python's for the
+        # pattern, and nearly always it is all there is to do. Halves of surrogate pairs are left out; no line has any.
+        beginnings = [value[:32].encode(errors="ignore").decode() for value in longest_first]
+        marks = "|".join(map(re.escape, [*beginnings, *_SECRET_MARKS, "Bearer "]))
+        self._marked = SchemaValidator(core_schema.str_schema(pattern=marks))
 
-    def may_be_in(self, text: str) -> bool:
-        # Searching for plain strings is much faster than for the pattern, and nearly always all there is to do.
-        return any(mark in text for mark in self.marks)
+    def may_be_in(self, line: str) -> bool:
+        """Whether it is worth while to search in what `encode` made."""
+        return self._marked.isinstance_python(line)
 
     def redact(self, text: str) -> str:
         return self.pattern.sub("[secret]", text)
+
+    def redact_line(self, line: str) -> str:
+        return encode(self.redact_all(json.loads(line))) if self.may_be_in(line) else line
 
     def redact_all(self, value: Any) -> Any:
         """A copy of `value` without secrets in any of its texts."""
@@ -224,7 +231,7 @@ class Trace:
             return
         lines, self._buffer = self._buffer, []
         if self.secrets.may_be_in(text := "\n".join(lines)):
-            text = "\n".join(encode(self.secrets.redact_all(json.loads(line))) for line in lines)
+            text = "\n".join(map(self.secrets.redact_line, lines))
         rest = memoryview(f"{text}\n".encode())
         try:
             while rest:  # a disk that is nearly full takes a part, and says so only when asked to take more

@@ -128,6 +128,13 @@ def test_as_many_calls_as_may_be():
     assert work(ScriptedPolicy([Reply(calls=(call("look"),) * MAX_CALLS), "end"]), tools=[look]).answer == "end"
 
 
+def test_how_many_calls_there_may_be_is_up_to_the_agent():
+    for count, status in ((3, "done"), (4, "failed")):
+        policy = ScriptedPolicy([Reply(calls=(call("look"),) * count), "end"])
+        assert work(policy, tools=[look], max_calls=3).status == status
+        assert Orchestrator(policy, [look], max_calls=3).run_sync("go").status == status
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

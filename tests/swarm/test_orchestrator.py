@@ -1,6 +1,7 @@
 """The orchestrator: sub-agents made and set to work at the same time, their contexts apart, only results coming back."""
 
 import asyncio
+import gc
 import json
 
 import pytest
@@ -212,3 +213,34 @@ def test_runs_at_the_same_time_do_not_meet():
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def thresholds():
+    """Sets those of the garbage collector; they are as before at the end."""
+    before = gc.get_threshold()
+    yield gc.set_threshold
+    gc.set_threshold(*before)
+
+
+@pytest.mark.parametrize(("given", "meanwhile"), [(700, 50_000), (10**6, 10**6), (0, 0)])
+def test_garbage_is_looked_for_less_often_only_while_runs_go_on(given, meanwhile, thresholds):
+    """Runs that overlap, one of which is cancelled."""
+    seen = []
+
+    async def policy(messages, tools):
+        await asyncio.sleep(0.001 * len(messages[-1]["content"]))
+        seen.append(gc.get_threshold())
+        return Reply("ok")
+
+    async def main():
+        run = Orchestrator(policy)
+        runs = [asyncio.create_task(run.run("x" * length)) for length in (1, 20, 60)]
+        await runs[1]
+        runs[2].cancel()
+        await asyncio.wait(runs)
+
+    thresholds(given, 7, 3)
+    asyncio.run(main())
+    assert seen == [(meanwhile, 7, 3)] * 2
+    assert gc.get_threshold() == (given, 7, 3)

@@ -3,14 +3,16 @@
 import asyncio
 import json
 import math
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from k25lite.bench import Disagreement, Report
 from k25lite.cli import app
-from k25lite.swarm import agent, bench, bench_peers
+from k25lite.swarm import bench, bench_peers
 
+ROOT = Path(__file__).parents[2]
 OWN = {"asyncio": bench.bare, "k25lite": bench.ours}
 PEERS = bench_peers.peers()
 
@@ -68,10 +70,9 @@ def test_everything_at_a_time_that_may_be(monkeypatch):
 
 def test_a_quick_run_fills_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_peers, "PEERS", {})
-    limit, path = agent.MAX_CALLS, tmp_path / "bench.json"
+    path = tmp_path / "bench.json"
     ran = CliRunner().invoke(app, ["bench", "swarm", "--quick", "--device", "cpu", "--json", str(path)])
     assert ran.exit_code == 0, ran.output
-    assert limit == agent.MAX_CALLS
     report = json.loads(path.read_text())
     assert report["device"].startswith("CPU")
     rows = report["rows"]
@@ -99,3 +100,13 @@ def test_a_quick_run_fills_the_report(tmp_path, monkeypatch):
     wall = found["n=100,latency_ms=50", "wall_s", "ideal"]
     assert wall["value"] == pytest.approx(0.15)
     assert found["n=100,latency_ms=50", "wall_s", "k25lite"]["value"] >= wall["value"]
+
+
+def test_the_readme_shows_the_committed_measurements():
+    rows = json.loads((ROOT / "results" / "bench_swarm_cpu.json").read_text())["rows"]
+    value = {(row["case"], row["metric"], row["subject"]): row["value"] for row in rows}
+    readme = (ROOT / "README.md").read_text()
+    for who in ("k25lite", "asyncio", *bench_peers.PEERS):
+        cpu = value["n=1000,latency_ms=0", "cpu_us_per_subagent", who]
+        wall = value["n=10000,latency_ms=50", "wall_s", who]
+        assert f"\n| {who} | {cpu:,.0f} µs | {wall:.3g} s |\n" in readme

@@ -16,7 +16,7 @@ from scripts import LOOK, boss, follow, followed, leaf, lines, look, of_kind, pl
 from k25lite.swarm import DiscardAll, Limits, Orchestrator, Reply, ScriptedPolicy, ToolCall, Trace, call, read_trace
 from k25lite.swarm import trace as module
 from k25lite.swarm.critical import summarise
-from k25lite.swarm.trace import TraceError, encode, redact, without_attempt
+from k25lite.swarm.trace import Secrets, TraceError, encode, redact, without_attempt
 
 
 def documented() -> dict[str, set[str]]:
@@ -201,6 +201,31 @@ def test_secrets_are_never_written(secret, tmp_path, monkeypatch):
         assert form not in text
         assert form not in "\n".join(map(encode, heard))
     assert text.count("[secret]") >= 10
+
+
+PRINTABLE = "".join(map(chr, range(32, 127)))
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        *(PRINTABLE[start : start + 20] for start in range(0, 90, 10)),
+        "\r\v\f\b in between",
+        "é漢😀 é漢😀 é漢😀",
+        "A" * 10**5,
+    ],
+)
+def test_secrets_of_any_characters_and_length_are_known(secret, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", secret)
+    monkeypatch.setenv("BROKEN_TOKEN", "half a pair: \udcff")
+    secrets = Secrets()
+    for value in (secret, json.dumps([secret]), json.dumps([secret], ensure_ascii=False)):
+        line = encode({"content": f"it is {value}."})
+        assert secrets.may_be_in(line)
+        assert "[secret]" in secrets.redact_line(line)
+    line = encode({"content": "nothing é漢😀"})
+    assert not secrets.may_be_in(line)
+    assert secrets.redact_line(line) is line
 
 
 @pytest.mark.parametrize(

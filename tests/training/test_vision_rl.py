@@ -134,7 +134,7 @@ def test_gather_gives_what_the_runs_left_with_name_and_seed(trained):
             assert (frame.valid <= frame.programs).all()
             assert (frame.programs <= frame.asked).all()
             assert (frame.correct <= frame.asked).all()
-        assert (families.groupby("family").asked.sum() == 4).all()
+        assert (families.groupby("family").asked.sum() == 8).all()
     raw = json.loads((folders["warm"] / "log.json").read_text())
     assert frames["log"].entropy.tolist()[:2] == [row["entropy"] for row in raw], "to the last digit"
 
