@@ -1,6 +1,7 @@
 """Fixtures that more than one room of the test suite uses."""
 
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,10 @@ from playwright.sync_api import Page, sync_playwright
 # Timings are no subject of tests, and a busy machine is no failure.
 settings.register_profile("k25lite", deadline=None)
 settings.load_profile("k25lite")
+
+# A shell that starts the suite in the background has it ignore interrupts, and every process it starts; some tests send them.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QUIET = [
     "--no-sandbox",  # as root, which is what containers run as, Chromium starts only without one
