@@ -14,7 +14,7 @@ from playwright.sync_api import Page, sync_playwright
 settings.register_profile("k25lite", deadline=None)
 settings.load_profile("k25lite")
 
-# A shell that starts the suite in the background has it ignore interrupts, and every process it starts; some tests send them.
+# A shell that starts the suite in the background has it and its children ignore interrupts; some tests send them.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
