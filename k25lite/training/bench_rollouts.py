@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from transformers import PreTrainedTokenizerFast
 from k25lite.bench import SUBJECT, devices, refuse_difference
 from k25lite.model import K25Lite
 from k25lite.processing import K25LiteProcessor
-from k25lite.training import rollout
 from k25lite.training.evaluation import END
 from k25lite.training.joint import CONTEXT, ROWS_PER_STEP, model_config
 from k25lite.training.loop import Recipe, train
@@ -90,8 +88,7 @@ class Contenders:
         return [one for prompt in self.prompts[::3] for one in self.roll_out([prompt], temperature, 1)]
 
     def first_acts(self, temperature: float = 1.0) -> list[Rollout]:
-        with patch.object(rollout, "MAX_TURNS", 1):
-            return self.together(temperature)
+        return self.roll_out(self.prompts, temperature, self.samples if temperature else 1, turns=1)
 
     def generate(self, temperature: float = 1.0) -> list[Rollout]:
         """First acts, by the processor and transformers' `generate`; with log-probabilities, as RL needs them."""
@@ -124,9 +121,8 @@ class Contenders:
             found.append(Rollout(read + words[:length], written, [0.0] * len(read) + log_probs[row][:length]))
         return found
 
-    def roll_out(self, prompts: Sequence[Prompt], temperature: float, samples: int) -> list[Rollout]:
-        dice = torch.Generator().manual_seed(0)
-        options: dict[str, Any] = {"samples": samples, "temperature": temperature, "generator": dice}
+    def roll_out(self, prompts: Sequence[Prompt], temperature: float, samples: int, **options: Any) -> list[Rollout]:
+        options |= {"samples": samples, "temperature": temperature, "generator": torch.Generator().manual_seed(0)}
         return roll_out(self.model, self.words, prompts, self.sandbox, **options)
 
 

@@ -109,10 +109,12 @@ def roll_out(
     samples: int = 1,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    turns: int = MAX_TURNS,
 ) -> list[Rollout]:
     """`samples` rollouts of each prompt, one after another.
 
     Args:
+        turns: acts of a rollout, at most.
         temperature: 0 takes the likeliest token; log-probabilities are those of the distribution sampled from.
     """
     training = model.training
@@ -140,7 +142,7 @@ def roll_out(
                 rollout.write(tokens[place], log_probs[place])
                 if tokens[place] == end or rollout.written_now == MAX_WRITTEN:
                     program = rollout.close(tokenizer, tokens[place] == end)
-                    if program is None or len(rollout.acts) == MAX_TURNS:
+                    if program is None or len(rollout.acts) == turns:
                         working.discard(row)
                     else:
                         programs[row] = as_code(program)
