@@ -28,7 +28,7 @@ def show_rollouts(
         else:
             ax.spines[:].set_visible(False)
             ax.text(0.5, 0.5, "\n".join(prompt.content), ha="center", va="center", family="monospace", fontsize=8)
-        ax.set_title(prompt.question, fontsize=9)
+        ax.set_title(prompt.question, fontsize=9, pad=16)
         lines = []
         for act, seen in zip_longest(rollout.acts, rollout.observations):
             lines.append(textwrap.fill(f"» {act}", WIDTH, subsequent_indent="  ", break_long_words=True))
@@ -36,8 +36,8 @@ def show_rollouts(
                 lines.append(textwrap.fill(f"  sees {seen.text}", WIDTH, subsequent_indent="  ", max_lines=2))
         ax.text(0.02, -0.08, "\n".join(lines), va="top", transform=ax.transAxes, fontsize=7.5, family="monospace")
         mark = "right" if is_right else f"wrong: {truth}"
-        ax.set_xlabel(mark, fontsize=8, color=RIGHT if is_right else WRONG, fontweight="bold", loc="right")
-        ax.xaxis.set_label_coords(1.0, 1.22)
+        style = {"fontsize": 8, "color": RIGHT if is_right else WRONG, "fontweight": "bold"}
+        ax.annotate(mark, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", **style)
     return figure
 
 
@@ -65,7 +65,8 @@ def show_group(
             beyond = own and not bounds[0] <= ratio <= bounds[1]
             style = {"edgecolor": "#A34700", "linewidth": 2} if beyond else {"edgecolor": "white", "linewidth": 1}
             ax.add_patch(plt.Rectangle((x, row - 0.42), width, 0.84, facecolor=colour, **style))
-            ax.text(x + width / 2, row, token, ha="center", va="center", fontsize=7.5, family="monospace")
+            ink = "white" if own and abs(ratio) > 0.7 * limit else "black"
+            ax.text(x + width / 2, row, token, ha="center", va="center", fontsize=7.5, family="monospace", color=ink)
             x += width + 0.15
         ax.text(
             -1,
