@@ -65,20 +65,29 @@ def reproduce(
 
 @app.command(epilog="Example: `k25lite record --videos 32 --minutes 1440 --seed 0 --out data/generated/day`")
 def record(
-    out: Annotated[Path, typer.Option(help="Folder for the videos, events.jsonl and manifest.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for the videos and their ground truth.")],
     videos: Annotated[int, typer.Option(help="How many files.")] = 4,
     minutes: Annotated[float, typer.Option(help="Footage over all files together.")] = 8.0,
     seed: Annotated[int, typer.Option(help="Same seed, same game.")] = 0,
-    workers: Annotated[int, typer.Option(help="Games played at the same time.")] = 1,
+    workers: Annotated[int | None, typer.Option(help="Games at the same time [default: one per processor].")] = None,
     width: Annotated[int, typer.Option(help="Of the picture, in pixels.")] = 160,
     map_seconds: Annotated[float, typer.Option(help="Game time on a map before the next.")] = 120.0,
+    maps: Annotated[str | None, typer.Option(help="As in MAP01,MAP05-MAP08 [default: all 32].")] = None,
 ) -> None:
     """Record real game footage with its ground truth. A second call resumes what was cut off."""
+    from k25lite.gameplay.doom import parse_maps
     from k25lite.gameplay.record import record as run
 
     with one_line_errors(RuntimeError):  # the game crashed
         manifest = run(
-            out, videos=videos, minutes=minutes, seed=seed, workers=workers, width=width, map_seconds=map_seconds
+            out,
+            videos=videos,
+            minutes=minutes,
+            seed=seed,
+            workers=workers,
+            width=width,
+            map_seconds=map_seconds,
+            maps=parse_maps(maps) if maps else None,
         )
     typer.echo(f"Recorded: {manifest}")
 

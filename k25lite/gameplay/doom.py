@@ -5,6 +5,8 @@ could be recorded. `Mode.PLAYER` is synchronous, the game waits for the player, 
 equal pictures.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import re
@@ -19,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -29,7 +32,8 @@ TICS_PER_SECOND = 35
 TICS_PER_FRAME = 4  # 8.75 frames per second: a quarter of the data, and the shortest event still has 8 frames
 MAPS = tuple(f"MAP{number:02d}" for number in range(1, 33))
 WIDTHS = (160, 320, 640)  # of the picture in pixels, at 4:3
-VARIABLES = ("DAMAGECOUNT", "DAMAGE_TAKEN", "HEALTH", "SELECTED_WEAPON_AMMO", "POSITION_X", "POSITION_Y")
+COUNTERS = ("DAMAGECOUNT", "DAMAGE_TAKEN", "KILLCOUNT")  # of the player, on this map
+VARIABLES = (*COUNTERS, "HEALTH", "ARMOR", "SELECTED_WEAPON_AMMO", "POSITION_X", "POSITION_Y")
 DEAD_FRAMES = 18  # about 2 s
 ARMS = (("Shotgun", "Shell 30"), ("SuperShotgun", "Shell 40"), ("Chaingun", "Clip 150"), ("PlasmaRifle", "Cell 120"))
 BOSS_TRIES = 3  # a boss that found no room where the player looks is summoned again
@@ -135,14 +139,38 @@ def remove_leftovers(work: Path) -> None:
         shutil.rmtree(work)
 
 
-def pickup_messages() -> frozenset[str]:
-    """What the game says when an item is picked up: the strings GOT... in the DEHACKED lump of the file of levels."""
-    data = (Path(require_vizdoom().__file__).parent / "freedoom2.wad").read_bytes()
+def parse_maps(text: str) -> list[str]:
+    """The maps that `text` names one by one or by range: "MAP01,MAP05-MAP08" are five; ValueError if it is otherwise."""
+    maps: list[str] = []
+    for part in text.upper().split(","):
+        first, dash, last = (name.strip() for name in part.partition("-"))
+        if not dash:
+            last = first
+        if first not in MAPS or last not in MAPS[MAPS.index(first) :]:
+            raise ValueError(f"maps are {MAPS[0]} to {MAPS[-1]}, as in MAP01,MAP05-MAP08, not {text!r}")
+        maps += MAPS[MAPS.index(first) : MAPS.index(last) + 1]
+    return maps
+
+
+def pickup_messages() -> dict[str, str]:
+    """What the game says when an item is picked up, and the class of that item.
+
+    The game's definitions of items name their messages (GOTCLIP); the file of levels says what these read.
+    """
+    package = Path(require_vizdoom().__file__).parent
+    with ZipFile(package / "vizdoom.pk3") as archive:
+        files = [archive.read(path).decode("latin-1") for path in archive.namelist() if path.startswith("actors/doom/")]
+    items: dict[str, str] = {}
+    for actor in re.split(r"(?im)^actor\s+", "".join(files))[1:]:
+        items |= dict.fromkeys(re.findall(r'"\$(GOT\w+)"', actor), actor.split()[0])
+    items["GOTREDSKULL"] = items["GOTREDSKUL"]  # so spelled in the levels alone
+
+    data = (package / "freedoom2.wad").read_bytes()
     count, directory = struct.unpack_from("<ii", data, 4)
     for start, size, name in struct.iter_unpack("<ii8s", data[directory : directory + 16 * count]):
         if name == b"DEHACKED":
-            strings = re.findall(r"^GOT\w+ = (.+)$", data[start : start + size].decode("latin-1"), re.MULTILINE)
-            return frozenset(string.strip() for string in strings)
+            strings = re.findall(r"^(GOT\w+) = (.+)$", data[start : start + size].decode("latin-1"), re.MULTILINE)
+            return {message.strip(): items[name] for name, message in strings}
     raise ValueError("freedoom2.wad has no lump DEHACKED to tell which messages mean a pickup")
 
 
@@ -155,13 +183,14 @@ def play(
     appear.
     """
     rng = Random(seed)
-    pickups = pickup_messages()
+    items = pickup_messages()
     picture_area = width * width * 3 // 4
     player = Player(Random(rng.random()), width, TICS_PER_FRAME)
     name = next(maps)
     with running_game(work, first_map=name, seed=rng.randrange(2**31), width=width) as game:
-        frames_left = dead_frames = tries = boss_in = 0
-        damage: tuple[float, float] | None = None
+        frames_left = dead_frames = tries = boss_in = kills = 0
+        before: list[float] | None = None  # the counters at the frame before
+        living: dict[int, str] = {}  # classes of the monsters in view one frame before
         for number in range(frames):
             if frames_left == 0 or game.is_episode_finished():  # the latter: the player has found the exit
                 if number:
@@ -172,7 +201,7 @@ def play(
                 stay = rng.uniform(0.5, 1.5) * map_seconds * TICS_PER_SECOND / TICS_PER_FRAME
                 frames_left, dead_frames = max(1, round(stay)), 0
                 tries, boss_in = BOSS_TRIES, round(rng.uniform(0.3, 0.7) * stay)
-                damage = None  # its counters start anew
+                before, living = None, {}  # the counters start anew, and so do the numbers of the monsters
                 _arm(game, rng)
             elif dead_frames == DEAD_FRAMES:
                 game.respawn_player()
@@ -180,22 +209,31 @@ def play(
                 _arm(game, rng)
 
             state = game.get_state()
-            dealt, taken, health, ammunition, x, y = state.game_variables
+            *counts, health, armor, ammunition, x, y = state.game_variables.tolist()
+            before = before or counts
+            kills += int(counts[2] - before[2])
+            messages = state.notifications_buffer.splitlines()
             sprites = [Sprite.of_label(label, (x, y)) for label in state.labels]
             monsters = [sprite for sprite in sprites if sprite.is_monster]
+            bosses = {s.name for s in monsters if s.name in BOSSES and s.area >= BOSS_AREA * picture_area}
             step = Step(
                 map=name,
                 alive=not game.is_player_dead(),
-                hit=damage is not None and (dealt, taken) != damage,
+                hit=counts[:2] != before[:2],
                 monster=any(s.name not in BOSSES and s.area >= MONSTER_AREA * picture_area for s in monsters),
-                boss=any(s.name in BOSSES and s.area >= BOSS_AREA * picture_area for s in monsters),
-                pickup=any(line.strip() in pickups for line in state.notifications_buffer.splitlines()),
+                bosses=tuple(sorted(bosses)),
+                pickups=tuple(items[line] for line in map(str.strip, messages) if line in items),
+                killed=tuple(living[s.id] for s in sprites if s.id in living and not s.is_monster),
+                kills=kills,
+                health=max(0, int(health)),
+                armor=int(armor),
+                ammo=int(ammunition),
             )
             yield state.screen_buffer, step
 
-            damage = (dealt, taken)
+            before, living = counts, {monster.id: monster.name for monster in monsters}
             frames_left, boss_in = frames_left - 1, boss_in - 1
-            if step.boss:
+            if step.bosses:
                 tries = 0
             if step.alive:
                 # eye height is the middle of the view, which ends at the status bar: 168 of 200 lines

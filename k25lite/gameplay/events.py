@@ -1,8 +1,9 @@
-"""What happened when: from the state of the game at each frame to the events of a video.
+"""What happened when: from the state of the game at each frame to the events of a video, and its state at each second.
 
-The state is read from the game, never from its pictures: damage counters, whether the player lives, the map, the
-game's messages about items, and the class and visible box of every monster in view. An event is an interval of seconds
-in its video:
+The state is read from the game, never from its pictures: counters of damage and kills, health, the map, the game's
+messages about items, and the class and visible box of every monster in view. An event is an interval of seconds in its
+video, with a `detail` where one is known. KINDS are the events that can be seen in pictures, and for which a search
+through pictures is scored:
 
 fight   Player and ordinary monsters exchange damage, from the first hit to the last; hits at most FIGHT_GAP apart are
         one fight. A hit counts only if an ordinary monster was in view within SIGHT_MEMORY, so that slime or a shot-up
@@ -17,17 +18,29 @@ death   The player is dead: until it respawns, the map changes or the video ends
 level   Another map begins: its first LEVEL_SECONDS, or all of a shorter stay. The map on which a video opens is no event,
         for nothing changes.
 
+NOTED are for reports and questions, and are not scored:
+
+kill        The game counts a kill of the player, or several: that one frame.
+low_health  The player lives with LOW_HEALTH or less: until it is better off or dead, or the map changes.
+
+Details: of boss and kill the classes of monsters (a kill out of sight has none), of pickup the classes of items in their
+order, of death and level the map.
+
 A death or another map ends a fight. What lies within a boss event is taken out of the fights, so that these two never
 overlap; other kinds may. Times are exact to one frame. The frame at `end` is the first that no longer belongs to the
 event.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from math import inf
+from math import ceil, inf
 
 KINDS = ("fight", "boss", "pickup", "death", "level")
+NOTED = ("kill", "low_health")
+STATE = ("second", "map", "health", "armor", "ammo", "kills")  # ammo: for the weapon in hand; kills: in this video
 BOSSES = ("BaronOfHell", "Cyberdemon", "SpiderMastermind")  # 1,000, 4,000 and 3,000 hit points
 BOSS_AREA = 0.003  # of the picture: 58 of 160x120 pixels
 MONSTER_AREA = 0.0005  # of the picture: 10 of 160x120 pixels; what is smaller is one spot among others
@@ -37,6 +50,7 @@ BOSS_GAP = 10.0  # seconds
 SHORTEST_FIGHT = 1.0  # seconds
 PICKUP_SECONDS = 1.0
 LEVEL_SECONDS = 2.0
+LOW_HEALTH = 25  # of 100: the game has a special message for a medikit found in this need
 
 Span = tuple[float, float]  # frames, end exclusive
 
@@ -49,8 +63,13 @@ class Step:
     alive: bool = True
     hit: bool = False  # the player dealt or took damage since the frame before
     monster: bool = False  # a living ordinary monster is in view
-    boss: bool = False  # a living boss is in view
-    pickup: bool = False  # an item was picked up since the frame before
+    bosses: tuple[str, ...] = ()  # classes of the living bosses in view
+    pickups: tuple[str, ...] = ()  # classes of the items picked up since the frame before
+    killed: tuple[str, ...] = ()  # classes of the monsters that died in view since the frame before
+    kills: int = 0  # of the player in this video so far
+    health: int = 100
+    armor: int = 0
+    ammo: int = 0  # for the weapon in hand
 
 
 @dataclass(frozen=True, order=True)
@@ -61,15 +80,16 @@ class Event:
     start: float
     end: float
     kind: str
+    detail: str = ""
 
     def as_dict(self) -> dict[str, str | float]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value != ""}
 
 
 def find_events(video: str, steps: Sequence[Step], fps: float) -> list[Event]:
     """The events of one video of `len(steps)` frames, in order of their start; definitions above."""
     stretch = [0] * len(steps)  # a number for each stretch of frames of one life on one map
-    changes, hits, bosses = [], [], []
+    changes, hits, bosses, kills = [], [], [], []
     seen: float = -inf
     for i, step in enumerate(steps):
         before = steps[max(i - 1, 0)]
@@ -81,8 +101,10 @@ def find_events(video: str, steps: Sequence[Step], fps: float) -> list[Event]:
             seen = i
         if step.alive and step.hit and i - seen <= SIGHT_MEMORY * fps:
             hits.append(i)
-        if step.alive and step.boss:
+        if step.alive and step.bosses:
             bosses.append(i)
+        if step.kills > before.kills:
+            kills.append(i)
 
     shortest = SHORTEST_FIGHT * fps
     boss = [span for span in _join(bosses, BOSS_GAP * fps, stretch) if span[1] - span[0] >= shortest]
@@ -90,15 +112,47 @@ def find_events(video: str, steps: Sequence[Step], fps: float) -> list[Event]:
     found: dict[str, list[Span]] = {
         "fight": [span for span in fight if span[1] - span[0] >= shortest],
         "boss": boss,
-        "pickup": _merge((i, i + PICKUP_SECONDS * fps) for i, step in enumerate(steps) if step.pickup),
+        "pickup": _merge((i, i + PICKUP_SECONDS * fps) for i, step in enumerate(steps) if step.pickups),
         "death": _join((i for i, step in enumerate(steps) if not step.alive), 1, stretch),
         "level": [(i, min(i + LEVEL_SECONDS * fps, j)) for i, j in pairwise([*changes, len(steps)])],
+        "kill": [(i, i + 1) for i in kills],
+        "low_health": _join(
+            (i for i, step in enumerate(steps) if step.alive and step.health <= LOW_HEALTH), 1, stretch
+        ),
     }
     return sorted(
-        Event(video, round(start / fps, 3), round(min(end, len(steps)) / fps, 3), kind)
+        Event(
+            video,
+            round(start / fps, 3),
+            round(min(end, len(steps)) / fps, 3),
+            kind,
+            _detail(kind, steps[int(start) : ceil(end)]),
+        )
         for kind, spans in found.items()
         for start, end in spans
     )
+
+
+def states(steps: Sequence[Step], fps: float) -> list[tuple[int, str, int, int, int, int]]:
+    """What the frame shown at each full second of a video says, in the order of STATE."""
+    rows = []
+    for second in range(ceil(len(steps) / fps)):
+        step = steps[int(second * fps)]
+        rows.append((second, step.map, step.health, step.armor, step.ammo, step.kills))
+    return rows
+
+
+def _detail(kind: str, steps: Sequence[Step]) -> str:
+    names: Iterable[str] = ()
+    if kind in ("death", "level"):
+        names = [steps[0].map]
+    elif kind == "boss":
+        names = dict.fromkeys(name for step in steps for name in step.bosses)
+    elif kind == "pickup":
+        names = [name for step in steps for name in step.pickups]
+    elif kind == "kill":
+        names = steps[0].killed
+    return ", ".join(names)
 
 
 def _join(frames: Iterable[int], gap: float, stretch: Sequence[int]) -> list[Span]:

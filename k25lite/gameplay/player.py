@@ -4,6 +4,8 @@ It plays from what a player sees: labelled sprites, depths at eye height, its ow
 is no strong player and need not be: its deaths, detours and missed shots are what real footage is made of.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import atan, degrees, hypot, inf
 from random import Random
@@ -48,7 +50,7 @@ class Sprite:
         return self.category == "Monster" and not self.name.startswith("Dead")
 
     @classmethod
-    def of_label(cls, label: Any, position: tuple[float, float]) -> "Sprite":
+    def of_label(cls, label: Any, position: tuple[float, float]) -> Sprite:
         distance = hypot(label.object_position_x - position[0], label.object_position_y - position[1])
         x, area = label.x + label.width / 2, label.width * label.height
         return cls(label.object_id, label.object_name, label.object_category, x, label.width, area, distance)

@@ -1,9 +1,11 @@
 """Record real gameplay: H.264 videos of ViZDoom played by a script, with their exact events.
 
     DIR/gameplay_0000.mp4 ...  8.75 frames per second, status bar and messages on, a key frame at least every 18 frames
-    DIR/events.jsonl           {"video", "start", "end", "kind"}: seconds in that video; definitions: module `events`
+    DIR/events.jsonl           {"video", "start", "end", "kind", "detail"}: seconds in that video; definitions: module
+                               `events`; no detail where none is known
+    DIR/states.csv             video, second, map, health, armor, ammo, kills: of the frame shown at each full second
     DIR/manifest.json          parameters, codec; per video seconds, fps, width, height, frames, maps, seed, bytes, sha256
-    DIR/parts/                 until all is recorded: entries and events of finished videos, work of unfinished ones
+    DIR/parts/                 until all is recorded: what is known of finished videos, work of unfinished ones
 
 A video gets its final name by a rename, then its part likewise, and counts as recorded only with its part. So a killed
 recording goes on with the first unfinished video and ends with the files of one that was never killed.
@@ -13,6 +15,8 @@ exit of a level, so it is taken to the next one after a while, and a boss is sum
 play.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
@@ -20,8 +24,8 @@ import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,15 +48,16 @@ from .doom import (
     remove_leftovers,
     require_vizdoom,
 )
-from .events import Step, find_events
+from .events import STATE, Step, find_events, states
 
 FPS = Fraction(TICS_PER_SECOND, TICS_PER_FRAME)
 # Without B-frames the files are 6 % larger, but with them x264's vectorised code does not write the same bytes each
 # time.
 CODEC = {"preset": "veryfast", "crf": "30", "bf": "0"}
 KEYFRAME_EVERY = 18  # frames at most, about 2 s: a clip that begins there is cut without encoding anew
+BYTES_PER_SECOND = {160: 10_000, 320: 26_000, 640: 68_000}  # of footage, by width: measured, and rounded up
 
-Part = dict[str, Any]  # of one video: {"entry": its entry in the manifest, "events": its lines of events.jsonl}
+Part = dict[str, Any]  # of one video: {"entry" in the manifest, "events" and "states": its lines in those files}
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Job:
     seed: int
     width: int
     map_seconds: float
+    maps: tuple[str, ...]
 
     @property
     def video(self) -> str:
@@ -77,35 +83,51 @@ def record(
     videos: int = 4,
     minutes: float = 8.0,
     seed: int = 0,
-    workers: int = 1,
+    workers: int | None = None,
     width: int = 160,
     map_seconds: float = 120.0,
+    maps: Iterable[str] | None = None,
     progress: bool = True,
 ) -> Path:
     """Record `videos` videos of together `minutes` minutes into the directory `out`; return its manifest.json.
 
-    `workers` processes record one video each at a time. `width`: 160, 320 or 640 pixels (4:3). `map_seconds`: mean stay
-    on one map. `progress`: show a bar. Videos that `out` holds already are kept.
+    `workers` processes record one video each at a time, by default one per processor. `width`: 160, 320 or 640 pixels
+    (4:3). `map_seconds`: mean stay on one map. `maps`: those to play, two or more of doom.MAPS, by default all.
+    `progress`: show a bar. Videos that `out` holds already are kept.
 
     Equal arguments, `workers` apart, give equal events, and on processors of one kind equal bytes.
 
-    Raises ValueError for a bad argument, if `out` holds a recording with other parameters, or if another process is
-    recording there; ModuleNotFoundError without vizdoom; RuntimeError if the game crashes.
+    Raises ValueError for a bad argument, if the disk has too little room, if `out` holds a recording with other
+    parameters, or if another process is recording there; ModuleNotFoundError without vizdoom; RuntimeError if the game
+    crashes.
     """
+    workers = min(videos, os.cpu_count() or 1) if workers is None else workers
     numbers = {"videos": videos, "minutes": minutes, "workers": workers, "map_seconds": map_seconds}
     for name, value in numbers.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be greater than 0, not {value}")
     if width not in WIDTHS:
         raise ValueError(f"width must be one of {', '.join(map(str, WIDTHS))}, not {width}")
+    chosen = MAPS if maps is None else tuple(sorted(set(map(str, maps))))
+    if len(chosen) < 2 or not set(chosen) <= set(MAPS):
+        raise ValueError(f"maps must be two or more of {MAPS[0]} to {MAPS[-1]}, not {', '.join(chosen) or 'none'}")
     frames = round(minutes * 60 * FPS / videos)
     if frames < 1:
         raise ValueError(f"minutes must leave each of {videos} videos one frame, which {minutes} does not")
 
-    parameters = {"videos": videos, "minutes": minutes, "seed": seed, "width": width, "map_seconds": map_seconds}
+    parameters: dict[str, Any] = {
+        "videos": videos,
+        "minutes": minutes,
+        "seed": seed,
+        "width": width,
+        "map_seconds": map_seconds,
+    }
+    if maps is not None:
+        parameters["maps"] = list(chosen)
     parameters["vizdoom"] = require_vizdoom().__version__
     out = Path(out).resolve()
-    jobs = [Job(out, index, frames, seed, width, map_seconds) for index in range(videos)]
+    jobs = [Job(out, index, frames, seed, width, map_seconds, chosen) for index in range(videos)]
+    _check_room(out, float(frames / FPS) * BYTES_PER_SECOND[width] * (videos - len(_finished_parts(out))))
     with _claimed(out, parameters):
         parts = _finished_parts(out)
         todo = [job for job in jobs if job.video not in parts]
@@ -123,6 +145,8 @@ def record(
 def _assemble(out: Path, parameters: dict[str, Any], parts: list[Part]) -> None:
     lines = [json.dumps(event) + "\n" for part in parts for event in part["events"]]
     _write(out / "events.jsonl", "".join(lines))
+    rows = [",".join(("video", *STATE)), *(row for part in parts for row in part["states"])]
+    _write(out / "states.csv", "\n".join(rows) + "\n")
     codec = {"name": "libx264", **CODEC, "pyav": av.__version__}
     manifest = {"parameters": parameters, "codec": codec, "videos": [part["entry"] for part in parts]}
     _write(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -134,8 +158,9 @@ def _claimed(out: Path, parameters: dict[str, Any]) -> Iterator[None]:
 
     def check(held: dict[str, Any]) -> None:
         if held != parameters:
-            differing = (f"{k} {held.get(k)}, not {v}" for k, v in parameters.items() if held.get(k) != v)
-            raise ValueError(f"{out} holds a recording with {'; '.join(differing)}: choose another directory")
+            pairs = [(name, held.get(name, "all"), parameters.get(name, "all")) for name in held | parameters]
+            differing = "; ".join(f"{name} {there}, not {here}" for name, there, here in pairs if there != here)
+            raise ValueError(f"{out} holds a recording with {differing}: choose another directory")
 
     if (out / "manifest.json").exists():
         check(json.loads((out / "manifest.json").read_text())["parameters"])
@@ -159,16 +184,26 @@ def _claimed(out: Path, parameters: dict[str, Any]) -> Iterator[None]:
 def _finished_parts(out: Path) -> dict[str, Part]:
     """By video, the parts whose videos are there: from parts/, or from the manifest of a finished recording."""
     parts = [json.loads(path.read_text()) for path in (out / "parts").glob("*.mp4.json")]
-    if (out / "manifest.json").exists() and (out / "events.jsonl").exists():
+    if all((out / name).exists() for name in ("manifest.json", "events.jsonl", "states.csv")):
         events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+        rows = (out / "states.csv").read_text().splitlines()
         for entry in json.loads((out / "manifest.json").read_text())["videos"]:
-            parts.append({"entry": entry, "events": [event for event in events if event["video"] == entry["video"]]})
+            mine = [event for event in events if event["video"] == entry["video"]]
+            seconds = [row for row in rows if row.startswith(entry["video"] + ",")]
+            parts.append({"entry": entry, "events": mine, "states": seconds})
     paths = [out / part["entry"]["video"] for part in parts]
     return {
         path.name: part
         for path, part in zip(paths, parts, strict=True)
-        if path.exists() and path.stat().st_size == part["entry"]["bytes"]
+        if "states" in part and path.exists() and path.stat().st_size == part["entry"]["bytes"]
     }
+
+
+def _check_room(out: Path, needed: float) -> None:
+    """ValueError if the disk of `out` has less than `needed` bytes left."""
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    if needed > free:
+        raise ValueError(f"recording needs about {needed / 1e9:.1f} GB in {out}, which has {free / 1e9:.1f} GB left")
 
 
 def _run(jobs: list[Job], workers: int, advance: Callable[[int], Any]) -> Iterator[tuple[Job, Part]]:
@@ -178,25 +213,53 @@ def _run(jobs: list[Job], workers: int, advance: Callable[[int], Any]) -> Iterat
             yield job, _record_video(job, advance)
         return
     spawn = multiprocessing.get_context("spawn")
-    count = min(workers, len(jobs))
-    pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=end_with_parent, initargs=(os.getpid(),))
+    frames_done = spawn.RawArray("q", len(jobs))  # by job: each has one writer, so that no lock is needed
+    stop = spawn.RawValue("b")
+    arguments = (os.getpid(), frames_done, stop)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn, initializer=_begin_worker, initargs=arguments)
     try:
-        futures = {pool.submit(_record_video, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-            advance(futures[future].frames)
+        futures = {pool.submit(_record_in_worker, job, i): job for i, job in enumerate(jobs)}
+        pending, shown = set(futures), 0
+        while pending:
+            done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            total = sum(frames_done)
+            advance(total - shown)
+            shown = total
+            for future in done:
+                yield futures[future], future.result()
     finally:
+        stop.value = True  # after an error or an interrupt the others do not finish their videos first
         pool.shutdown(cancel_futures=True)
 
 
-def _record_video(job: Job, advance: Callable[[int], Any] = lambda frames: None) -> Part:
+_shared: tuple[MutableSequence[int], Any]  # a worker's frames_done and stop
+
+
+def _begin_worker(parent: int, frames_done: MutableSequence[int], stop: Any) -> None:
+    global _shared
+    end_with_parent(parent)
+    _shared = frames_done, stop
+
+
+def _record_in_worker(job: Job, index: int) -> Part:
+    frames_done, stop = _shared
+
+    def advance(frames: int) -> None:
+        if stop.value:
+            raise InterruptedError("the recording has been stopped")
+        frames_done[index] += frames
+
+    return _record_video(job, advance)
+
+
+def _record_video(job: Job, advance: Callable[[int], Any]) -> Part:
     vizdoom = require_vizdoom()
     work = job.out / "parts" / job.video
     remove_leftovers(work)
     work.mkdir()
     seed = Random(f"{job.seed} {job.index}").randrange(2**31)
     # All share one order of maps, and each goes on about where the one before stops: together they show every map.
-    order = Random(job.seed).sample(MAPS, len(MAPS))
+    order = Random(job.seed).sample(job.maps, len(job.maps))
     first = job.index * math.ceil(job.frames / FPS / job.map_seconds)
     maps = itertools.islice(itertools.cycle(order), first % len(order), None)
     session = play(work, job.frames, maps=maps, seed=seed, width=job.width, map_seconds=job.map_seconds)
@@ -218,7 +281,11 @@ def _record_video(job: Job, advance: Callable[[int], Any] = lambda frames: None)
         "bytes": (work / "video.mp4").stat().st_size,
         "sha256": hashlib.sha256((work / "video.mp4").read_bytes()).hexdigest(),
     }
-    part = {"entry": entry, "events": [event.as_dict() for event in find_events(job.video, steps, float(FPS))]}
+    part = {
+        "entry": entry,
+        "events": [event.as_dict() for event in find_events(job.video, steps, float(FPS))],
+        "states": [",".join(map(str, (job.video, *row))) for row in states(steps, float(FPS))],
+    }
     os.replace(work / "video.mp4", job.out / job.video)
     _write(job.out / "parts" / f"{job.video}.json", json.dumps(part))
     shutil.rmtree(work)

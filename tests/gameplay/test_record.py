@@ -1,7 +1,10 @@
 """Recording, against the game itself: real footage, real kills."""
 
+from __future__ import annotations
+
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -16,17 +19,19 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from k25lite.cli import app
 from k25lite.gameplay import doom
 from k25lite.gameplay import record as recorder
-from k25lite.gameplay.events import KINDS, find_events
+from k25lite.gameplay.events import KINDS, NOTED, find_events, states
 from k25lite.gameplay.record import record
 
 needs_game = pytest.mark.skipif(find_spec("vizdoom") is None, reason="needs the game: pip install 'k25lite[game]'")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which ends the game with its parent")
 
 # Three videos of 17 s, each on two maps or more: about a second of work each.
-ARGUMENTS = {"videos": 3, "minutes": 0.85, "seed": 0, "map_seconds": 8.0}
+ARGUMENTS = {"videos": 3, "minutes": 0.85, "seed": 0, "map_seconds": 8.0, "workers": 1}
 SHIPPED = Path(__file__).parents[2] / "data" / "gameplay"
 
 
@@ -51,7 +56,7 @@ def content(directory):
 
 def check_files(directory):
     """Files, manifest and events agree with one another."""
-    assert {path.name for path in directory.iterdir()} == {"events.jsonl", "manifest.json"} | {
+    assert {path.name for path in directory.iterdir()} - {"states.csv"} == {"events.jsonl", "manifest.json"} | {
         entry["video"] for entry in entries(directory)
     }
     for entry in entries(directory):
@@ -70,20 +75,48 @@ def check_files(directory):
         mine = [event for event in events(directory) if event["video"] == entry["video"]]
         assert all(0 <= event["start"] < event["end"] <= entry["seconds"] for event in mine)
         assert sum(event["kind"] == "level" for event in mine) == len(entry["maps"]) - 1
-    assert {event["kind"] for event in events(directory)} <= set(KINDS)
-    assert all(list(event) == ["video", "start", "end", "kind"] for event in events(directory))
+    for event in events(directory):
+        assert event["kind"] in KINDS + NOTED
+        assert list(event) in (["video", "start", "end", "kind"], ["video", "start", "end", "kind", "detail"])
 
 
 @needs_game
 def test_files_manifest_and_events_agree(recording):
     check_files(recording)
     assert [entry["frames"] for entry in entries(recording)] == [149, 149, 149]  # 17 s x 8.75 = 148.75
+    header, *rows = (recording / "states.csv").read_text().splitlines()
+    assert header == "video,second,map,health,armor,ammo,kills"
+    seconds = [(entry["video"], str(second)) for entry in entries(recording) for second in range(18)]  # 17.03 s
+    assert [tuple(row.split(",")[:2]) for row in rows] == seconds
+    for entry in entries(recording):
+        bosses = {event.get("detail") for event in events(recording) if event["kind"] == "boss"}
+        assert bosses <= set(doom.BOSSES) | {f"{a}, {b}" for a in doom.BOSSES for b in doom.BOSSES}
+        mine = [event for event in events(recording) if event["video"] == entry["video"]]
+        assert [event["detail"] for event in mine if event["kind"] == "level"] == entry["maps"][1:]
+        assert {event["detail"] for event in mine if event["kind"] == "death"} <= set(entry["maps"])
 
 
 def test_shipped_clips_are_whole():
     check_files(SHIPPED)
     assert sum(entry["bytes"] for entry in entries(SHIPPED)) <= 3_000_000
-    assert {event["kind"] for event in events(SHIPPED)} == set(KINDS)
+    assert {event["kind"] for event in events(SHIPPED)} >= set(KINDS)
+
+
+@needs_game
+def test_shipped_clips_are_played_again_from_their_seeds(tmp_path):
+    manifest = json.loads((SHIPPED / "manifest.json").read_text())
+    if manifest["parameters"]["vizdoom"] != (here := doom.require_vizdoom().__version__):
+        pytest.skip(f"needs vizdoom {manifest['parameters']['vizdoom']}, not {here}")
+    for entry in manifest["videos"]:
+        (work := tmp_path / entry["video"]).mkdir()
+        session = doom.play(
+            work, entry["frames"], maps=cycle(entry["maps"]), seed=entry["seed"], width=320, map_seconds=16.0
+        )
+        found = find_events(entry["video"], [step for _, step in session], entry["fps"])
+        shipped = [event for event in events(SHIPPED) if event["video"] == entry["video"] and event["kind"] in KINDS]
+        assert [(e.start, e.end, e.kind) for e in found if e.kind in KINDS] == [
+            (e["start"], e["end"], e["kind"]) for e in shipped
+        ]
 
 
 @needs_game
@@ -101,16 +134,23 @@ def test_frames_and_events_are_those_of_the_game(recording, tmp_path, monkeypatc
             yield game
 
     monkeypatch.setattr(doom, "running_game", spy)
-    names = ["HEALTH", "ARMOR", "ITEMCOUNT", *(f"{kind}{i}" for kind in ("AMMO", "WEAPON") for i in range(10))]
+    names = [
+        "HEALTH",
+        "ARMOR",
+        "ITEMCOUNT",
+        *(f"{kind}{i}" for kind in ("AMMO", "WEAPON") for i in range(10)),
+    ]
     entry = entries(recording)[0]
     maps = cycle(list(dict.fromkeys(entry["maps"])))
     session = doom.play(tmp_path, entry["frames"], maps=maps, seed=entry["seed"], width=160, map_seconds=8.0)
-    pictures, steps, possessions, deaths = [], [], [], []
+    pictures, steps, possessions, ammo, deaths, kills = [], [], [], [], [], []
     for picture, step in session:
         pictures.append(picture.astype(float))
         steps.append(step)
         possessions.append([games[0].get_game_variable(getattr(GameVariable, name)) for name in names])
+        ammo.append(games[0].get_game_variable(GameVariable.SELECTED_WEAPON_AMMO))
         deaths.append(games[0].get_game_variable(GameVariable.DEATHCOUNT))
+        kills.append(games[0].get_game_variable(GameVariable.KILLCOUNT))
 
     with av.open(str(recording / entry["video"])) as container:
         decoded = [frame.to_ndarray(format="rgb24").astype(float) for frame in container.decode(video=0)]
@@ -121,6 +161,21 @@ def test_frames_and_events_are_those_of_the_game(recording, tmp_path, monkeypatc
     found = find_events(entry["video"], steps, 8.75)
     assert [event.as_dict() for event in found] == [e for e in events(recording) if e["video"] == entry["video"]]
 
+    rows = [line.split(",") for line in (recording / "states.csv").read_text().splitlines()]
+    mine = [row[1:] for row in rows if row[0] == entry["video"]]
+    assert mine == [[str(value) for value in row] for row in states(steps, 8.75)]
+    for second, _, *values, _ in mine:
+        i = math.floor(int(second) * 8.75)
+        health, armor = possessions[i][:2]
+        assert [int(value) for value in values] == [max(0, health), armor, ammo[i]]  # a blow may leave health below 0
+    killing = [i for i in range(1, len(steps)) if steps[i].map == steps[i - 1].map and kills[i] > kills[i - 1]]
+    assert [event.start for event in found if event.kind == "kill"] == [round(i / 8.75, 3) for i in killing]
+    assert steps[-1].kills == sum(kills[i] - kills[i - 1] for i in killing) > 0, (
+        "this seed kills nothing: choose another"
+    )
+    seen_to_die = [name for event in found if event.kind == "kill" for name in event.detail.split(", ") if name]
+    assert 0 < len(seen_to_die) <= steps[-1].kills
+
     # Weapons are handed out at the start of each life and map; after that, what the player has grows by pickups alone.
     lives = [
         i for i in range(1, len(steps)) if (steps[i].map, steps[i].alive) != (steps[i - 1].map, steps[i - 1].alive)
@@ -129,7 +184,7 @@ def test_frames_and_events_are_those_of_the_game(recording, tmp_path, monkeypatc
     gains = [
         i for i in settled if any(now > then for then, now in zip(possessions[i - 1], possessions[i], strict=True))
     ]
-    assert gains == [i for i in settled if steps[i].pickup]
+    assert gains == [i for i in settled if steps[i].pickups]
     assert gains, "this seed picks nothing up: choose another"
     died = [i for i in range(1, len(steps)) if deaths[i] > deaths[i - 1]]
     assert [event.start for event in found if event.kind == "death"] == [round(i / 8.75, 3) for i in died]
@@ -139,14 +194,56 @@ def test_frames_and_events_are_those_of_the_game(recording, tmp_path, monkeypatc
 @needs_game
 def test_pickup_messages_come_from_the_levels():
     messages = doom.pickup_messages()
-    assert {"Picked up some bullets.", "Took a health refill.", "Got the minigun!"} <= messages
-    assert not {"Blue key needed.", "A secret is revealed!"} & messages
+    assert {"Picked up some bullets.", "Took a health refill.", "Got the minigun!"} <= messages.keys()
+    assert not {"Blue key needed.", "A secret is revealed!"} & messages.keys()
 
 
 @needs_game
-def test_number_of_workers_changes_nothing(recording, tmp_path):
-    record(tmp_path, **ARGUMENTS, workers=2, progress=False)
+def test_an_item_walked_into_is_named(tmp_path):
+    """Items summoned one by one in front of a player who walks on."""
+    messages = doom.pickup_messages()
+    items = ["Stimpack", "RedSkull", "YellowCard", "CellPack", "SuperShotgun", "BlueArmor", "Medikit"]
+    need = {"Stimpack": 5, "Medikit": 90}  # at full health they stay where they are
+    forward = [float(name == "MOVE_FORWARD") for name in doom.BUTTONS]
+    with doom.running_game(tmp_path, first_map="MAP01", seed=1, width=160) as game:
+        for item in items:
+            found = []
+            game.new_episode()
+            if item in need:
+                game.send_game_command(f"take health {need[item]}")
+            game.send_game_command(f"summon {item}")
+            for _ in range(6):
+                game.make_action(forward, doom.TICS_PER_FRAME)
+                found += game.get_state().notifications_buffer.splitlines()
+            assert [messages[line] for line in found if line in messages] == [item]
+
+
+class Bar:
+    """Instead of tqdm: `updates` are the numbers of frames it hears of, whatever bar it is."""
+
+    updates: list[int]
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return None
+
+    def update(self, frames):
+        self.updates.append(frames)
+
+
+@needs_game
+def test_number_of_workers_changes_nothing(recording, tmp_path, monkeypatch):
+    Bar.updates = []
+    monkeypatch.setattr(recorder, "tqdm", Bar)
+    record(tmp_path, **ARGUMENTS | {"workers": 2})
     assert content(tmp_path) == content(recording)
+    assert sum(Bar.updates) == 3 * 149
+    assert any(0 < frames < 149 for frames in Bar.updates), "the bar moves while a video is recorded, not only after"
 
 
 def games_of(out):
@@ -162,6 +259,22 @@ def games_of(out):
     return found
 
 
+def descendants_of(process):
+    """Process ids of its children, their children and so on."""
+    children = [
+        int(pid) for path in Path(f"/proc/{process}/task").glob("*/children") for pid in path.read_text().split()
+    ]
+    return set(children).union(*map(descendants_of, children))
+
+
+def runs(process):
+    """It exists, and not only as a zombie."""
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 def wait_until(condition, what, seconds=30):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -172,11 +285,15 @@ def wait_until(condition, what, seconds=30):
 
 @needs_game
 @needs_linux
-@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)], ids=["kill", "term-2-workers"])
+@pytest.mark.parametrize(
+    ("how", "workers"),
+    [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGTERM, 2)],
+    ids=["kill", "kill-2-workers", "term-2-workers"],
+)
 def test_killed_recording_leaves_no_game_and_goes_on(how, workers, recording, tmp_path):
     out = tmp_path / "out"
     script = tmp_path / "script.py"
-    call = f"record({str(out)!r}, **{ARGUMENTS}, workers={workers}, progress=False)"
+    call = f"record({str(out)!r}, **{ARGUMENTS | {'workers': workers}}, progress=False)"
     script.write_text(f"from k25lite.gameplay.record import record\nif __name__ == '__main__':\n    {call}\n")
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
     try:
@@ -186,9 +303,11 @@ def test_killed_recording_leaves_no_game_and_goes_on(how, workers, recording, tm
         )
         wait_until(lambda: list(out.glob("parts/*/video.mp4")), "a video half written")
         games = wait_until(lambda: games_of(out), "a game")
+        descendants = games | descendants_of(process.pid)
         process.send_signal(how)
         assert process.wait(10) == -how
         wait_until(lambda: not games_of(out), f"the end of the games {games}", seconds=5)
+        wait_until(lambda: not any(map(runs, descendants)), "the end of the workers", seconds=5)
     finally:
         process.kill()
     assert not (out / "manifest.json").exists()
@@ -205,30 +324,42 @@ def test_killed_recording_leaves_no_game_and_goes_on(how, workers, recording, tm
 
 @needs_game
 @needs_linux
+def test_interrupt_does_not_wait_for_the_videos_in_progress(tmp_path):
+    script = tmp_path / "script.py"
+    call = f"record({str(tmp_path / 'out')!r}, videos=2, minutes=600, workers=2, progress=False)"
+    script.write_text(f"from k25lite.gameplay.record import record\nif __name__ == '__main__':\n    {call}\n")
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len(list((tmp_path / "out").glob("parts/*/video.mp4"))) == 2, "two videos half written")
+        descendants = descendants_of(process.pid)
+        process.send_signal(
+            signal.SIGINT
+        )  # to this process alone, as a notebook does; a terminal tells the workers too
+        assert process.wait(20) == -signal.SIGINT
+    finally:
+        process.kill()
+    assert len(descendants) >= 4, "two workers and two games"
+    wait_until(lambda: not any(map(runs, descendants)), "the end of workers and games", seconds=5)
+
+
+@needs_game
+@needs_linux
 def test_crash_of_the_game_is_reported_and_recording_goes_on(recording, tmp_path):
     caught = []
 
-    class Bar:
+    class Killer(Bar):
         """Kills the game at the tenth frame of the second video."""
 
-        def __init__(self, *args, **kwargs):
-            self.frames = 0
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args):
-            return None
-
         def update(self, frames):
-            self.frames += frames
-            if self.frames == 149 + 10:
+            super().update(frames)
+            if sum(self.updates) == 149 + 10:
                 caught.extend(games_of(tmp_path))
                 for game in caught:
                     os.kill(game, signal.SIGKILL)
 
+    Killer.updates = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "tqdm", Bar)
+        patch.setattr(recorder, "tqdm", Killer)
         with pytest.raises(RuntimeError, match=r"the game crashed while gameplay_0001\.mp4 was recorded"):
             record(tmp_path, **ARGUMENTS)
     assert len(caught) == 1
@@ -247,6 +378,58 @@ def test_finished_recording_is_kept_and_a_lost_video_replaced(recording, tmp_pat
     (tmp_path / "gameplay_0002.mp4").write_bytes(b"cut short")
     record(tmp_path, **ARGUMENTS, progress=False)
     assert content(tmp_path) == content(recording)
+
+
+@needs_game
+def test_maps_are_those_asked_for(tmp_path):
+    wanted = {"videos": 1, "minutes": 0.1, "map_seconds": 1.0, "progress": False}
+    manifest = record(tmp_path, **wanted, maps=["MAP07", "MAP03", "MAP12"])
+    assert json.loads(manifest.read_text())["parameters"]["maps"] == ["MAP03", "MAP07", "MAP12"]
+    assert {name for entry in entries(tmp_path) for name in entry["maps"]} == {"MAP03", "MAP07", "MAP12"}
+    before = content(tmp_path)
+    assert record(tmp_path, **wanted, maps=["MAP12", "MAP03", "MAP07"]) == manifest
+    with pytest.raises(ValueError, match=r"with maps \['MAP03', 'MAP07', 'MAP12'\], not all: choose"):
+        record(tmp_path, **wanted)
+    assert content(tmp_path) == before
+    (tmp_path / "states.csv").unlink()  # as if recorded before there was one
+    record(tmp_path, **wanted, maps=["MAP03", "MAP07", "MAP12"])
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "maps"),
+    [
+        ("MAP01", "01"),
+        ("map02, MAP05-MAP07", "02 05 06 07"),
+        ("MAP31 - MAP32,MAP01", "31 32 01"),
+        ("MAP04-MAP04", "04"),
+    ],
+)
+def test_maps_are_named_one_by_one_or_by_range(text, maps):
+    assert doom.parse_maps(text) == [f"MAP{number}" for number in maps.split()]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MAP33", "MAP1", "E1M1", "MAP05-MAP03", "MAP01-", "-MAP05", "MAP01,,MAP02", "1-5"]
+)
+def test_names_of_maps_that_do_not_exist_are_refused(text, tmp_path):
+    with pytest.raises(ValueError, match="as in MAP01,MAP05-MAP08, not"):
+        doom.parse_maps(text)
+    failed = CliRunner().invoke(app, ["record", "--out", str(tmp_path / "out"), "--maps", text or ","])
+    assert failed.exit_code == 2
+    assert failed.stderr.startswith("k25lite: maps are MAP01 to MAP32")
+    assert len(failed.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@needs_game
+def test_a_disk_too_small_is_refused_before_anything_is_written(recording, tmp_path):
+    with pytest.raises(ValueError, match=r"^recording needs about 6000000\.0 GB in .*, which has [0-9.]+ GB left$"):
+        record(tmp_path / "out", minutes=1e10)  # 600 billion seconds of 10 kB
+    assert not (tmp_path / "out").exists()
+    for directory in (recording, SHIPPED):  # the estimate is that of real footage
+        for entry in entries(directory):
+            assert 0.3 < entry["bytes"] / (entry["seconds"] * recorder.BYTES_PER_SECOND[entry["width"]]) < 2
 
 
 @needs_game
@@ -278,6 +461,10 @@ def test_two_recordings_into_one_directory_are_refused(tmp_path):
         {"workers": 0},
         {"width": 200},
         {"map_seconds": -1.0},
+        {"maps": []},
+        {"maps": ["MAP01", "MAP01"]},  # with one map there is no other to change to
+        {"maps": ["MAP01", "MAP33"]},
+        {"maps": "MAP01"},
     ],
     ids=str,
 )
