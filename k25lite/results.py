@@ -24,6 +24,7 @@ from scipy import stats
 PROFILES = ("smoke", "lite", "full")
 SMOKE_REASON = "the smoke profile tests the mechanics and makes no scientific claim"
 NO_SPREAD_REASON = "every seed gave the same difference: no spread to build an interval from"
+NO_DIFFERENCE_REASON = "no seed came out differently in the two arms"
 ONE_SEED_REASON = "a single seed has no spread to build an interval from"
 
 
@@ -242,6 +243,47 @@ class Record:
             reason=reason,
             per_seed=values,
             **told,
+        )
+
+    def count(
+        self,
+        name: str,
+        treatment: Sequence[bool],
+        control: Sequence[bool],
+        *,
+        report: str,
+        source: str,
+        direction: int = 1,
+        reason: str | None = None,
+        arms: tuple[str, str] = ("treatment", "control"),
+    ) -> Claim:
+        """Record a claim about something that happens or does not, [seeds] each, paired: the exact sign test.
+
+        Of the seeds in which the arms differ, the share where it happened under the treatment less the share where it
+        happened under the control, with the interval of Clopper and Pearson (1934); it lies beyond zero where McNemar's
+        exact test rejects at 5 %. Raises as `paired_interval` and `claim` do.
+        """
+        happened = np.asarray(treatment, dtype=bool), np.asarray(control, dtype=bool)
+        if happened[0].shape != happened[1].shape or happened[0].ndim != 1 or not happened[0].size:
+            raise ValueError(f"paired outcomes are one per seed and arm, got {happened[0].shape}, {happened[1].shape}")
+        ours = {arm: float(values.mean()) for arm, values in zip(arms, happened, strict=True)}
+        only, other = int((happened[0] & ~happened[1]).sum()), int((happened[1] & ~happened[0]).sum())
+        interval = None
+        if only + other:
+            share = stats.binomtest(only, only + other).proportion_ci(0.95, "exact")
+            interval = (2 * share.low - 1, 2 * share.high - 1)
+        return self.claim(
+            name,
+            report=report,
+            ours=ours | {"difference": ours[arms[0]] - ours[arms[1]]},
+            ci95=interval,
+            n=happened[0].size,
+            holds=None if interval is None else verdict(Interval(sum(interval) / 2, *interval, 2), direction),
+            source=source,
+            direction=direction,
+            reason=reason or (NO_DIFFERENCE_REASON if interval is None else None),
+            unit="share of seeds",
+            per_seed={arm: values.astype(float).tolist() for arm, values in zip(arms, happened, strict=True)},
         )
 
     def check(

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 
 import numpy as np
@@ -128,6 +129,28 @@ def test_compare_computes_interval_means_and_verdict_from_the_seeds():
     assert claim.ours == pytest.approx({"early": 0.724, "late": 0.666, "difference": 0.058})
     assert claim.per_seed == {"early": EARLY, "late": LATE}
     assert record().compare("c", EARLY, LATE, direction=-1, **ABOUT).holds is False
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=14), st.sampled_from([1, -1]))
+def test_counts_are_judged_as_mcnemars_exact_test_judges_them(pairs, direction):
+    first, second = zip(*pairs, strict=True)
+    only = sum(a and not b for a, b in pairs)
+    other = sum(b and not a for a, b in pairs)
+    chance = sum(math.comb(only + other, k) for k in range(min(only, other) + 1)) / 2 ** max(only + other - 1, 0)
+    claim = record(seeds=len(pairs)).count("c", first, second, report="more", source="ours", direction=direction)
+    rejects = only + other > 0 and chance < 0.05
+    assert claim.holds is (((only > other) == (direction > 0)) if rejects else None)
+    assert claim.ours["difference"] == pytest.approx((only - other) / len(pairs))
+    assert (claim.ci95 is None) == (only == other == 0)
+
+
+def test_counts_by_hand():
+    six = record(seeds=6).count("c", [True] * 6, [False] * 6, report="all", source="ours")
+    assert six.holds is True
+    assert six.ci95 == pytest.approx((2 * 0.025 ** (1 / 6) - 1, 1.0))
+    assert record(seeds=5).count("c", [True] * 5, [False] * 5, report="all", source="ours").holds is None
+    with pytest.raises(ValueError, match="one per seed"):
+        record().count("c", [True, False, True], [True], report="", source="")
 
 
 def test_one_seed_establishes_nothing():
