@@ -268,8 +268,8 @@ class Record:
             raise ValueError(f"paired outcomes are one per seed and arm, got {happened[0].shape}, {happened[1].shape}")
         ours = {arm: float(values.mean()) for arm, values in zip(arms, happened, strict=True)}
         only, other = int((happened[0] & ~happened[1]).sum()), int((happened[1] & ~happened[0]).sum())
-        interval = None
-        if only + other:
+        interval, without = None, NO_DIFFERENCE_REASON if happened[0].size > 1 else ONE_SEED_REASON
+        if only + other and happened[0].size > 1:
             share = stats.binomtest(only, only + other).proportion_ci(0.95, "exact")
             interval = (2 * share.low - 1, 2 * share.high - 1)
         return self.claim(
@@ -281,7 +281,7 @@ class Record:
             holds=None if interval is None else verdict(Interval(sum(interval) / 2, *interval, 2), direction),
             source=source,
             direction=direction,
-            reason=reason or (NO_DIFFERENCE_REASON if interval is None else None),
+            reason=reason or (without if interval is None else None),
             unit="share of seeds",
             per_seed={arm: values.astype(float).tolist() for arm, values in zip(arms, happened, strict=True)},
         )
