@@ -1,0 +1,224 @@
+"""Footage as a detector sees it: chunks of four small frames, or key frames alone, and what happens in them.
+
+A chunk is about CHUNK_SECONDS of a video, whatever its frame rate, and shows what is on the screen at four moments
+FRAME_STEP apart: one before, two within and one after, so that a change between two chunks is seen by both. Key frames are
+the pictures that decode without any other, for a look over hours in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from k25lite.gameplay.events import KINDS, Event
+from k25lite.vision.media import MediaError
+
+FRAMES = 4  # of a chunk
+FRAME_STEP = 16 / 35  # seconds: every fourth frame of a recording
+CHUNK_SECONDS = 2 * FRAME_STEP  # from one chunk to the next
+STATUS_BAR = 168 / 200  # of the height of the picture: where it begins
+MESSAGES = 0.2  # of the height of the picture: where the third of the game's messages ends
+ROUNDING = 2e-3  # seconds that a time stamp may be off: containers round them to milliseconds
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Some consecutive chunks, or key frames, of one video.
+
+    Attributes:
+        times: [n] seconds from the start of the video at which what each is about begins.
+        frames: [n, t, height, width, 3] uint8 RGB; t = 4, or 1 for key frames.
+    """
+
+    times: np.ndarray
+    frames: np.ndarray
+
+
+def read_chunks(
+    source: str | PathLike, size: tuple[int, int], *, start: float = 0.0, end: float = math.inf, batch: int = 256
+) -> Iterator[Chunks]:
+    """The chunks that begin in [start, end) seconds, `batch` at a time, in constant memory.
+
+    Chunk k begins at k * CHUNK_SECONDS wherever reading starts, so the parts of a video have the chunks of the whole.
+    Before a video begins its first picture stands still, and after it has ended the last that was taken.
+
+    Args:
+        size: (height, width) in pixels to scale to, whatever the shape of the picture.
+
+    Raises:
+        ValueError: `start` is negative or not before `end`, or `batch` is not positive.
+        MediaError: no such file, no video in it, no frame in it, or cut short; what could be read comes first.
+    """
+    if not (0 <= start < end and batch > 0):
+        raise ValueError(f"read_chunks needs 0 <= start < end and batch > 0, got {start}, {end} and {batch}")
+    first = math.ceil((start - ROUNDING) / CHUNK_SECONDS)
+    last = math.inf if end == math.inf else math.ceil((end - ROUNDING) / CHUNK_SECONDS)
+    return _chunks(_moments(source, size, 2 * first - 1, 2 * last + 1), first, last, batch)
+
+
+def read_keyframes(source: str | PathLike, size: tuple[int, int], *, batch: int = 256) -> Iterator[Chunks]:
+    """The key frames of a video, `batch` at a time; `size` and MediaError as in `read_chunks`.
+
+    Raises:
+        ValueError: `batch` is not positive.
+    """
+    if batch < 1:
+        raise ValueError(f"read_keyframes needs batch > 0, got {batch}")
+    scale = _Scaler(size)
+    pictures = ((time, scale(frame)) for time, frame in _decode(source, keyframes=True) if frame is not None)
+    return _stills(pictures, batch)
+
+
+def read_all(chunks: Iterable[Chunks]) -> Chunks:
+    """All batches of a video as one; ValueError if there is none."""
+    parts = list(chunks)
+    if not parts:
+        raise ValueError("there is no chunk to read")
+    return Chunks(np.concatenate([part.times for part in parts]), np.concatenate([part.frames for part in parts]))
+
+
+def read_events(path: str | PathLike) -> list[Event]:
+    """The events of a file events.jsonl that are of one of KINDS; further kinds are passed over.
+
+    Raises:
+        ValueError: a line is no event; the message names file and line.
+    """
+    events = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                fields = json.loads(line)
+                times = float(fields["start"]), float(fields["end"])
+                event = Event(fields["video"], *times, fields["kind"], fields.get("detail", ""))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: an event has video, start, end and kind ({error!r})"
+                ) from error
+            if event.kind in KINDS:
+                events.append(event)
+    return events
+
+
+def hide(frames: np.ndarray, *, status: bool = True, messages: bool = False) -> np.ndarray:
+    """A copy of [..., height, width, 3] with the game's status bar, or the lines for its messages, black."""
+    frames, height = frames.copy(), frames.shape[-3]
+    if status:
+        frames[..., math.floor(STATUS_BAR * height) :, :, :] = 0
+    if messages:
+        frames[..., : math.ceil(MESSAGES * height), :, :] = 0
+    return frames
+
+
+def shares(events: Iterable[Event], times: np.ndarray, seconds: float = CHUNK_SECONDS) -> np.ndarray:
+    """[n, KINDS] float32: how much of each piece [time, time + seconds] lies in events of each kind, from 0 to 1.
+
+    The events are those of the video whose `times` [n] these are; those of one kind do not overlap. `seconds` = 0 asks
+    for the moments alone.
+    """
+    covered = np.zeros((len(times), len(KINDS)), np.float32)
+    for event in events:
+        column = KINDS.index(event.kind)
+        if seconds:
+            common = np.minimum(times + seconds, event.end) - np.maximum(times, event.start)
+            covered[:, column] += common.clip(0) / seconds
+        else:
+            covered[:, column] += (event.start <= times) & (times < event.end)
+    return covered.clip(max=1)
+
+
+def _stills(pictures: Iterator[tuple[float, np.ndarray]], batch: int) -> Iterator[Chunks]:
+    while taken := list(islice(pictures, batch)):
+        yield Chunks(np.array([time for time, _ in taken]), np.stack([frame for _, frame in taken])[:, None])
+
+
+def _chunks(pictures: Iterator[np.ndarray], first: int, last: float, batch: int) -> Iterator[Chunks]:
+    """Chunks first ... last - 1 of as many pictures as there are, from the one before chunk `first`."""
+    window = list(islice(pictures, 2))
+    while first < last:
+        window += islice(pictures, 2 * batch)
+        count = int(min(len(window) // 2, batch, last - first))
+        if not count:
+            return
+        padded = window + window[-1:] * 2
+        frames = np.stack([padded[2 * i : 2 * i + FRAMES] for i in range(count)])
+        yield Chunks((first + np.arange(count)) * CHUNK_SECONDS, frames)
+        first, window = first + count, window[2 * count :]
+
+
+def _moments(source: str | PathLike, size: tuple[int, int], first: int, last: float) -> Iterator[np.ndarray]:
+    """The picture on the screen at the times FRAME_STEP * first, FRAME_STEP * (first + 1) ... before `last`."""
+    scale = _Scaler(size)
+    number, shown = first, None
+    for time, frame in _decode(source, start=max(0.0, first * FRAME_STEP)):
+        if shown is None:
+            shown = frame  # before the first picture, that one
+        picture = None
+        while number < last and number * FRAME_STEP < time - ROUNDING:
+            picture = scale(shown) if picture is None else picture
+            yield picture
+            number += 1
+        if number >= last:
+            return
+        shown = frame
+
+
+class _Scaler:
+    """Frames as upright [height, width, 3] uint8, by one reformatter: a new one per frame costs four times the decoding."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.size, self.reformatter = size, VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        turns = frame.rotation // 90 % 4  # counter-clockwise, as phones ask for
+        height, width = self.size[::-1] if turns % 2 else self.size
+        scaled = self.reformatter.reformat(
+            frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC
+        )
+        return np.rot90(scaled.to_ndarray(), turns)
+
+
+def _decode(
+    source: str | PathLike, *, start: float = 0.0, keyframes: bool = False
+) -> Iterator[tuple[float, av.VideoFrame | None]]:
+    """(seconds, frame) from the key frame before `start`, and at last (the end of the video, None)."""
+    try:
+        with av.open(str(source), metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise MediaError(f"{source}: holds no video stream")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise MediaError(f"{source}: the video is in a format that cannot be decoded")
+            stream.thread_count = 1  # the videos are what runs in parallel
+            if keyframes:
+                stream.codec_context.skip_frame = "NONKEY"
+            origin = stream.start_time or 0
+            if start > 0:
+                container.seek(origin + int(start / stream.time_base), stream=stream)
+            duration = 1 / float(stream.average_rate) if stream.average_rate else 0.0
+            end = 0.0
+            for frame in container.decode(stream):
+                time = float((frame.pts - origin) * stream.time_base) if frame.pts is not None else end
+                end = time + duration
+                yield time, frame
+            if not end:
+                raise MediaError(f"{source}: the video stream holds no frame")
+            yield end, None
+            promised = float(stream.duration * stream.time_base) if stream.duration else end
+            # Half a second of grace: durations in headers are rounded, and a last frame may be held longer.
+            if not keyframes and end < promised - 0.5:
+                raise MediaError(
+                    f"{source}: cut short, {end:.2f} s can be decoded of the {promised:.2f} s in its header"
+                )
+    except FileNotFoundError as error:
+        raise MediaError(f"{source}: no such file") from error
+    except FFmpegError as error:
+        raise MediaError(f"{source}: cannot be decoded as a video ({error.strerror})") from error
