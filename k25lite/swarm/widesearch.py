@@ -5,10 +5,11 @@ Source: WideSearch evaluation, 2025. Two modes, named in every output:
 - *compatible* gives the numbers of the public evaluation on the same files. Its holes come with it: one gold row in ten
   spellings scores an item F1 of 1 or more, several metrics on a column push F1 above 1, two cells without a date are the
   same date.
-- *strict* is for rewards. Rows are matched one to one, and the metrics of a column are averaged. A cell that is missing is
-  wrong, and so is one that cannot be parsed, unless it says the same as gold. A cell that gold leaves empty is not asked:
-  its row's other cells share its weight. The order of rows and columns does not matter; scores stay in [0, 1]; the gold
-  table itself scores 1.
+- *strict* is for rewards. Rows are matched one to one, and the metrics of a column are averaged. Of more rows of a key than
+  gold has, the worst count, so that guessing several times never beats guessing once. A cell that is missing is wrong, and
+  so is one that cannot be parsed, unless it says the same as gold. A cell that gold leaves empty is not asked: its row's
+  other cells share its weight. The order of rows and columns does not matter; scores stay in [0, 1]; the gold table itself
+  scores 1.
 
 Not covered: the models that judge cells and align names. Both are callables that the caller gives.
 """
@@ -47,7 +48,7 @@ Groups = list[tuple[list[int], list[int]]]  # rows of gold and rows of the answe
 NUMBERS = ("success", "row_precision", "row_recall", "row_f1", "item_precision", "item_recall", "item_f1")
 AVERAGES = {"avg": "mean", "max": "max", "min": "min"}  # over the trials of a task
 ROW_WEIGHT = 1e-6  # beside an item: among assignments with the most items, the one with the most rows
-SPARE_ROWS = 100  # that are matched, in strict mode, beyond ten times those of gold
+SPARE_ROWS = 100  # beyond ten times those of gold; a table with more scores 0 in strict mode
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,8 @@ def _strict(task: Task, answer: pd.DataFrame, judge: Judge | None, align: Align 
     gold = task.gold[~task.gold.map(tables.is_missing).all(axis=1)]
     if gold[key].map(tables.is_missing).all(axis=1).any():
         raise ValueError(f"task {task.instance_id}: a gold row has no key ({', '.join(key)})")
-    answer, predicted = answer[list(rules.required)], len(answer)
-    limit, note = 10 * len(gold) + SPARE_ROWS, ""
-    if predicted > limit:  # which of them remain must not depend on their order
-        answer = answer.sort_values(list(rules.required)).head(limit)
-        note = f"{predicted} rows, of which {limit} were matched with gold; the others count as wrong"
+    if len(answer) > (limit := 10 * len(gold) + SPARE_ROWS):
+        return Score(note=f"{len(answer)} rows, more than the {limit} that are compared")
     answer = _aligned(answer, gold, rules, align)
     groups = _groups(_keys(gold, key, rules), _keys(answer, key, rules))
     pairs = [pair for golds, answers in groups for pair in product(golds, answers)]
@@ -187,23 +185,28 @@ def _strict(task: Task, answer: pd.DataFrame, judge: Judge | None, align: Align 
         scores[:, c] = _column(rules.rule(column), column, cells, judge)
     items = width * (len(key) + (asked * scores).sum(axis=1)) / (len(key) + asked.sum(axis=1))  # [pairs]
     rows = np.where(asked, scores, 1.0).min(axis=1, initial=1.0)
-    matched, at = [], 0
-    for group in groups:
-        size = (len(group[0]), len(group[1]))
-        weights = (items + ROW_WEIGHT * rows)[at : at + size[0] * size[1]].reshape(size)
-        matched.append(at + np.ravel_multi_index(linear_sum_assignment(weights, maximize=True), size))
-        at += weights.size
-    best = np.concatenate([*matched, np.array([], dtype=int)])
-    return _score(rows[best].sum(), items[best].sum(), predicted, len(gold), width, note=note)
+    right, at = np.zeros(2), 0  # rows, items
+    for golds, answers in groups:
+        size = (len(golds), len(answers))
+        each = np.stack([rows, items])[:, at : at + size[0] * size[1]].reshape(2, *size)
+        at += size[0] * size[1]
+        if size[0] < size[1]:
+            right += [worth[linear_sum_assignment(worth)].sum() for worth in each]
+        else:
+            best = linear_sum_assignment(each[1] + ROW_WEIGHT * each[0], maximize=True)
+            right += each[:, *best].sum(axis=1)
+    return _score(right[0], right[1], len(answer), len(gold), width)
 
 
 def _column(rule: Rule, column: str, cells: list[tuple[str, str]], judge: Judge | None) -> np.ndarray:
     """Strict scores of (answer, gold) cells: the mean over the column's metrics, and 1 for cells that say the same."""
-    prepared = [tuple(tables.prepare_strict(cell, rule.preprocess) for cell in pair) for pair in cells]
     same = np.array([tables.say_the_same(*pair) for pair in cells], dtype=bool)
     total = np.zeros(len(cells))
-    open_pairs = [n for n, pair in enumerate(prepared) if not same[n] and None not in pair]
     for metric in rule.metric:
+        # Words end at spaces, which norm_str removes.
+        steps = tuple(step for step in rule.preprocess if (metric, step) != ("in_match", "norm_str"))
+        prepared = [tuple(tables.prepare_strict(cell, steps) for cell in pair) for pair in cells]
+        open_pairs = [n for n, pair in enumerate(prepared) if not same[n] and None not in pair]
         here = [(str(answer), str(target)) for answer, target in (prepared[n] for n in open_pairs)]
         if metric == "llm_judge":
             total[open_pairs] += _judged(judge, column, rule, here)
