@@ -93,6 +93,42 @@ def record(
 
 
 @app.command(
+    epilog="Examples: `k25lite analyze day/ --out analysis --truth day/events.jsonl` · "
+    "`k25lite analyze play.mp4 --out analysis --backend openai --model kimi-k2.5 --base-url https://api.moonshot.ai/v1`"
+)
+def analyze(
+    paths: Annotated[list[Path], typer.Argument(help="Videos, and folders of videos.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report, events.jsonl and metrics.json.")],
+    truth: Annotated[Path | None, typer.Option(help="events.jsonl to score against.")] = None,
+    backend: Annotated[Backend, typer.Option(help="The trained detector, or an endpoint.")] = Backend.local,
+    model: Annotated[str | None, typer.Option(help="A detector's folder, or a vision model's name.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Of the endpoint [default: $OPENAI_BASE_URL].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Sub-agents at the same time [default: one a core].")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, auto, or local.")] = None,
+    max_images: Annotated[int, typer.Option(help="Frames an endpoint is shown at most.")] = 20_000,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens an endpoint may use.")] = None,
+) -> None:
+    """Find the events of hours of video by a swarm, and write a report to watch them in. A second call resumes."""
+    from k25lite.gameplay.analyze import analyze as run
+    from k25lite.gameplay.remote import Budget
+
+    budget = Budget(max_images, max_tokens)
+    with one_line_errors(RuntimeError):
+        report = run(
+            paths,
+            out,
+            truth=truth,
+            backend=backend.value,
+            model=model,
+            base_url=base_url,
+            workers=workers,
+            ray=ray,
+            budget=budget,
+        )
+    typer.echo(f"Report: {report}")
+
+
+@app.command(
     epilog='Example: `k25lite swarm "Which moons have ice?" --model kimi-k2.5 --base-url https://api.moonshot.ai/v1`'
 )
 def swarm(
@@ -166,12 +202,24 @@ def bench_swarm(json: Json = None, device: Device = None, quick: Quick = False) 
     _measure("swarm", json, device, quick)
 
 
-def _measure(room: str, json: Path | None, device: str | None, quick: bool) -> None:
+@bench.command("video", epilog="Example: `k25lite bench video --json bench.json`")
+def bench_video(
+    json: Json = None,
+    device: Device = None,
+    quick: Quick = False,
+    footage: Annotated[Path | None, typer.Option(help="What `k25lite record` made [default: an hour].")] = None,
+    model: Annotated[Path | None, typer.Option(help="A detector's folder [default: fresh weights].")] = None,
+) -> None:
+    """Decoding and analysing footage against bare decoding of the same files; and how time and memory grow with hours."""
+    _measure("gameplay", json, device, quick, footage=footage, model=model)
+
+
+def _measure(room: str, json: Path | None, device: str | None, quick: bool, **more: Path | None) -> None:
     """Run the benchmark of a room, show it and write it."""
     from k25lite.bench import Disagreement
 
     with one_line_errors(Disagreement):
-        report = import_module(f"k25lite.{room}.bench").run(device=device, quick=quick)
+        report = import_module(f"k25lite.{room}.bench").run(device=device, quick=quick, **more)
     typer.echo(report.table())
     if json:
         report.save(json)
