@@ -167,6 +167,11 @@ def run(device: str | None = None, quick: bool = False) -> Report:
         compare(report, contenders, count, latency, rounds=1 if quick or count > 1_000 else 5)
     memory(report, 1_000 if quick else 100_000)
     batching(report, where, quick)
+    from k25lite.swarm.bench_parl import (
+        training,
+    )  # here, because what it brings would slow down the others' collections
+
+    training(report, quick)
     return report
 
 

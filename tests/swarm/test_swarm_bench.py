@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from k25lite.bench import Disagreement, Report
 from k25lite.cli import app
-from k25lite.swarm import bench, bench_peers
+from k25lite.swarm import bench, bench_parl, bench_peers
 
 ROOT = Path(__file__).parents[2]
 OWN = {"asyncio": bench.bare, "k25lite": bench.ours}
@@ -86,6 +87,10 @@ def test_a_quick_run_fills_the_report(tmp_path, monkeypatch):
         ("n=100,latency_ms=50", "wall_s"): {"asyncio", "ideal"},
         ("n=1000,latency_ms=0", "peak_memory"): {"asyncio"},
         ("64 agents, local model", "tokens_per_second"): {"one at a time"},
+        ("simulator, serial script", "episodes_per_second"): set(),
+        ("simulator, swarm script", "episodes_per_second"): set(),
+        ("PARL, 4 tasks, K=8", "episodes_per_second"): set(),
+        **{("PARL, 4 tasks, K=8", f"{part}, share of time"): set() for part in bench_parl.PARTS},
     }
     assert set(found) == {(*key, who) for key, peers in expected.items() for who in {"k25lite", *peers}}
     assert len(found) == len(rows)
@@ -97,9 +102,29 @@ def test_a_quick_run_fills_the_report(tmp_path, monkeypatch):
             more_is_better = metric == "tokens_per_second"
             ratio = mine["value"] / row["value"] if more_is_better else row["value"] / mine["value"]
             assert row["ratio"] == pytest.approx(ratio)
+    shares = [row["value"] for row in rows if row["unit"] == "fraction"]
+    assert sum(shares) == pytest.approx(1)
     wall = found["n=100,latency_ms=50", "wall_s", "ideal"]
     assert wall["value"] == pytest.approx(0.15)
     assert found["n=100,latency_ms=50", "wall_s", "k25lite"]["value"] >= wall["value"]
+
+
+def test_training_is_measured_on_one_thread_and_leaves_the_others_as_they_were(monkeypatch):
+    threads, used = torch.get_num_threads(), []
+
+    def stopped(*_, **__):
+        used.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_parl, "parl", stopped)
+    monkeypatch.setattr(bench_parl, "imitate", lambda *_: None)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bench_parl.training(Report("a device"), quick=True)
+        assert (used, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_readme_shows_the_committed_measurements():

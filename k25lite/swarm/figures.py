@@ -1,0 +1,23 @@
+"""A run as a figure: who was at work when."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from k25lite.plots import PALETTE
+from k25lite.swarm.critical import Summary
+
+
+def gantt(summary: Summary, ax: Axes | None = None) -> Axes:
+    """One line for each assignment, in the order in which they began: steps of the model, and of the tools."""
+    lanes = sorted(summary.assignments.values(), key=lambda assignment: assignment.began)
+    ax = ax or plt.subplots(figsize=(9, 0.7 + 0.2 * len(lanes)))[1]
+    for lane, assignment in enumerate(lanes):
+        for kind, colour in (("step", PALETTE[1]), ("tool", PALETTE[0])):
+            spans = [(span.began, span.seconds) for span in assignment.spans if span.kind == kind]
+            ax.broken_barh(spans, (lane - 0.35, 0.7), facecolor=colour)
+    ax.set(yticks=range(len(lanes)), ylim=(len(lanes) - 0.4, -0.6), xlim=(0, None), xlabel="seconds")
+    ax.set_yticklabels([assignment.agent for assignment in lanes], fontsize=8)
+    ax.grid(axis="y", visible=False)
+    return ax
