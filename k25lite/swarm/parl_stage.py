@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from k25lite.swarm.parl import PER_STEP, ParlRecipe, averages, descend, draw_tasks, log_probs, parl
+from k25lite.swarm.parl import ARMS, PER_STEP, ParlRecipe, averages, descend, draw_tasks, log_probs, parl
 from k25lite.swarm.parl_language import ASSIGN, Acts, Dialogue, Script, serial, swarm
 from k25lite.swarm.parl_rollout import Rollouts, make_orchestrator, roll_out
 from k25lite.swarm.simulator import Environment, Record, Simulator, WideSearch
@@ -24,6 +24,19 @@ from k25lite.training.cache import cached
 from k25lite.training.loop import Recipe, make_optimiser
 
 HELD_OUT = (10, 20, 40, 80, 120, 160, 200)  # names of the tasks that a run is evaluated with; training has up to 80
+
+
+def profile_recipes(profile: str) -> dict[str, ParlRecipe]:
+    """The arms of the experiment; `lite` has fewer demonstrations and iterations, and `smoke` next to nothing."""
+
+    def shortened(recipe: ParlRecipe) -> ParlRecipe:
+        if profile == "lite":
+            return replace(recipe, iterations=24, demonstrations=1024)
+        if profile == "smoke":
+            return replace(recipe, iterations=2, tasks=4, samples=2, names=(4, 12), demonstrations=32)
+        return recipe
+
+    return {name: shortened(recipe) for name, recipe in ARMS.items()}
 
 
 def play(environment: Environment, tasks: Sequence[WideSearch], scripts: Sequence[Script]) -> list[Dialogue]:

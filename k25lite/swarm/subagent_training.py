@@ -4,12 +4,14 @@ Source: Kimi K2.5 report, section 3: sub-agents are frozen while the orchestrato
 are few and the script's own; in each row that is trained on, who is who and what is what is drawn anew, so that nothing can
 be learnt by heart, and only what stands in the context tells. They begin with one name and grow.
 
-Simplified: libraries in which articles say nothing idle, and a script that looks nowhere but in the article.
+Simplified: the script looks nowhere but in the article; so in the libraries of wide search, which are the same for all who
+search them, articles say nothing idle, and what only a register tells is 5 % of the facts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from functools import cache
 from itertools import cycle
 from pathlib import Path
 from random import Random
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -42,20 +45,21 @@ from k25lite.swarm.subagent import (
     turns,
     work_prompt,
 )
-from k25lite.training.cache import cached
+from k25lite.training.cache import PACKAGE, cached
 from k25lite.training.loop import Recipe, train
 from k25lite.training.schedules import LearningRate, Step
 from k25lite.vision import MoonViT3DConfig
 from k25lite.world.entities import entity_names
 from k25lite.world.families import PICTURED, UNPICTURED, Document
-from k25lite.world.library import ATTRIBUTES, UNKNOWN, Library, state
+from k25lite.world.library import ATTRIBUTES, UNKNOWN, Library, Shares, state
 from k25lite.world.streams import Row, make_rows
 
 CALIBRATION = "calibration.json"  # in the folder of the stage
+SHIPPED = PACKAGE.parent / "data" / "subagent"  # as `full` with seed 0 left it
 # Seeds of libraries: to learn from, and to be measured with; tasks have theirs below both.
 FIRST_SEED, MEASURED_SEED = 100_000, 200_000
-PEOPLE, IDLE = 200, 0  # of a library: people, and idle sentences of an article
-STAGES = ((256, 1), (512, 3), (768, 6))  # tokens of a row, and names in a conversation at most
+SHARES = Shares(elsewhere=0.03, updated=0.02)
+STAGES = ((256, 1), (512, 3), (768, 6), (1536, 12))  # tokens of a row, and names in a conversation at most
 TOKENS_PER_STEP = 1536
 NOBODY = 0.05  # of the assignments name somebody whom nothing tells of
 
@@ -65,19 +69,20 @@ class Size:
     """How much a profile does.
 
     Attributes:
-        steps: of training, at each stage of the curriculum. conversations: to learn from, at each. trials: at each size of
-            assignment that is measured.
+        trials: at each size of assignment that is measured.
+        steps: of training, at each stage of the curriculum; none: the sub-agent is the one that was trained at `full`.
+        conversations: to learn from, at each.
     """
 
-    steps: tuple[int, int, int]
-    conversations: int
     trials: int
+    steps: tuple[int, ...] = ()
+    conversations: int = 0
 
 
 SIZES = {
-    "smoke": Size(steps=(4, 2, 2), conversations=20, trials=1),
-    "lite": Size(steps=(150, 250, 600), conversations=800, trials=16),
-    "full": Size(steps=(300, 500, 1700), conversations=2000, trials=48),
+    "smoke": Size(1, (4, 2, 2, 2), 20),
+    "lite": Size(16),
+    "full": Size(48, (300, 400, 500, 1400), 2000),
 }
 
 
@@ -95,22 +100,37 @@ class SubagentRun:
 
 
 def subagent_stage(run: SubagentRun, progress: bool = True) -> Path:
-    """The folder of a trained sub-agent, the history of its training, and its calibration ("team" and "alone")."""
+    """The folder of a trained sub-agent, the history of its training, and its calibration ("team" and "alone").
+
+    Raises:
+        FileNotFoundError: a profile that takes the shipped sub-agent, outside of a checkout.
+    """
 
     def build(folder: Path) -> None:
-        torch.manual_seed(FIRST_SEED + run.seed)
-        model = K25Lite(subagent_config())
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)  # words are told apart sooner
-        rows, steps = curriculum(run.seed, size)
-        train(model, steps, rows, run.recipe, progress=progress).save(folder)
-        model.save_pretrained(folder)
+        if size.steps:
+            torch.manual_seed(FIRST_SEED + run.seed)
+            model = K25Lite(subagent_config())
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)  # words are told apart sooner
+            rows, steps = curriculum(run.seed, size)
+            train(model, steps, rows, run.recipe, progress=progress).save(folder)
+            model.save_pretrained(folder)
+        else:
+            copytree(SHIPPED, folder, dirs_exist_ok=True)
         policy = subagent_policy(folder)
-        libraries = [Library(MEASURED_SEED + 10 * run.seed + number, people=PEOPLE, idle=IDLE) for number in range(4)]
+        libraries = [wide_library(MEASURED_SEED + 10 * run.seed + number) for number in range(4)]
         for name, limits in (("team", SUB_LIMITS), ("alone", ALONE_LIMITS)):
             measure(policy, libraries, trials=size.trials, limits=limits).save(folder / CALIBRATION, name)
 
     size = SIZES[run.profile]
-    return cached("subagent", asdict(run) | {"size": asdict(size)}, build)
+    config = asdict(run) | {"size": asdict(size)}
+    if not size.steps:
+        config["shipped"] = hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()
+    return cached("subagent", config, build)
+
+
+def wide_library(seed: int) -> Library:
+    """Of two hundred people, to search widely."""
+    return Library(seed, people=200, idle=0, shares=SHARES)
 
 
 def subagent_config() -> K25LiteConfig:
@@ -134,7 +154,15 @@ def subagent_config() -> K25LiteConfig:
         eos_token_id=1,
         bos_token_id=None,
     )
-    return K25LiteConfig(text_config=text, vision_config=MoonViT3DConfig.lite(num_hidden_layers=1))
+    eyes = MoonViT3DConfig.lite(
+        num_hidden_layers=1,
+        hidden_size=32,
+        num_attention_heads=1,
+        intermediate_size=32,
+        pos_emb_height=4,
+        pos_emb_width=4,
+    )
+    return K25LiteConfig(text_config=text, vision_config=eyes)
 
 
 def curriculum(seed: int, size: Size) -> tuple[dict[str, list[Row]], list[Step]]:
@@ -190,7 +218,7 @@ def demonstrations(seed: int, count: int, names: int) -> list[Document]:
     async def demonstrate_all() -> list[Document]:
         found: list[Document] = []
         while len(found) < count:
-            library = Library(1000 * seed + len(found), people=PEOPLE, idle=IDLE)
+            library = wide_library(1000 * seed + len(found))
             by_name = {tool.__name__: tool for tool in tools(_Here(search_engine(library.documents)))}
             for _ in range(min(20, count - len(found))):
                 listed = [random.choice(library.people).name for _ in range(random.randint(1, names))]

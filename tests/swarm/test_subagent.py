@@ -212,7 +212,9 @@ def test_a_curriculum_uses_every_row_once_and_begins_with_one_name():
     rows, steps = curriculum(0, SIZES["smoke"])
     used = [pair for step in steps for pair in step]
     assert sorted(used) == sorted((stream, i) for stream, part in rows.items() for i in range(len(part)))
-    assert [step[0][0] for step in steps] == ["up to 1"] * 4 + ["up to 3"] * 2 + ["up to 6"] * 2
+    assert [step[0][0] for step in steps] == ["up to 1"] * 4 + [
+        f"up to {most}" for most in (3, 6, 12) for _ in range(2)
+    ]
 
 
 def test_a_profile_must_be_known():

@@ -1,0 +1,102 @@
+"""PARL goes on with real sub-agents, from where it ended with their record, and is examined with them.
+
+Source: Kimi K2.5 report, section 3: training starts with small sub-agents and moves to larger ones. Here it starts with
+draws from what the frozen sub-agent was seen to do, and moves to the sub-agent itself, at work on tasks of a library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from k25lite.swarm.calibration import Calibration
+from k25lite.swarm.parl import FULL, ParlRecipe, parl
+from k25lite.swarm.parl_language import Script
+from k25lite.swarm.parl_live import LiveEnvironment
+from k25lite.swarm.parl_stage import ParlRun, evaluate, parl_stage, save
+from k25lite.swarm.search import SearchEngine, tools
+from k25lite.swarm.simulator import PUBLISHED, Budget
+from k25lite.swarm.subagent import search_engine, subagent_policy
+from k25lite.swarm.subagent_training import CALIBRATION, SHARES
+from k25lite.training.cache import cached
+from k25lite.world.library import Library
+from k25lite.world.wide_tasks import Task, make_tasks
+
+PEOPLE = 800  # of a library to search widely: its longest tables have more than 100 rows
+TRAINING_SEED, EXAMINED_SEED = 300_000, 400_000  # of libraries to train in, and of those to be examined in
+# Rewards are those of the end of training with the record: nothing but the table.
+LIVE = replace(FULL, iterations=6, tasks=4, samples=4, names=(10, 40), parallel=0.0, finish=0.0, updates=2)
+
+
+def library(seed: int) -> Library:
+    """Of eight hundred people, as the sub-agent knows libraries."""
+    return Library(seed, people=PEOPLE, idle=0, shares=SHARES)
+
+
+def calibrations(subagent: Path) -> tuple[Calibration, Calibration]:
+    """What the sub-agent in this folder was measured to do, as a part of the team and alone."""
+    team, alone = (Calibration.load(subagent / CALIBRATION, name) for name in ("team", "alone"))
+    return team, alone
+
+
+def steps_of_a_name(team: Calibration) -> float:
+    """That a sub-agent takes on average, its answer left out."""
+    steps = [(steps - 1) / size for size, part in zip(team.sizes, team.trials, strict=True) for _, steps, _ in part]
+    return sum(steps) / len(steps)
+
+
+def live_environment(of: Library, tasks: Sequence[Task], subagent: Path, budget: Budget = PUBLISHED) -> LiveEnvironment:
+    """Tasks of a library, worked on by the sub-agent in a folder."""
+    engines = SearchEngine(of.documents), search_engine(of.documents)
+    each = steps_of_a_name(calibrations(subagent)[0])
+    return LiveEnvironment(tasks, subagent_policy(subagent), *map(tools, engines), each, budget)
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """Training that goes on: everything its outcome depends on.
+
+    Args:
+        start: with the record of the sub-agent. subagent: its folder.
+        recipe: from here on. tasks: to train on. examined: tasks to be examined with, of another library, before and after;
+            rows: that their tables have, at least and at most.
+        episodes: of each of them.
+    """
+
+    start: ParlRun
+    subagent: Path
+    recipe: ParlRecipe = LIVE
+    tasks: int = 24
+    examined: int = 6
+    rows: tuple[int, int] = (10, 60)
+    episodes: int = 4
+
+
+def live_stage(run: LiveRun) -> Path:
+    """The folder of an orchestrator trained on: weights, log.json, start.json and evaluation.json."""
+
+    def build(folder: Path) -> None:
+        model = LlamaForCausalLM.from_pretrained(start)
+        save(examine(model, run), folder / "start.json")
+        where = library(TRAINING_SEED + run.start.seed)
+        tasks = make_tasks(where, "train", run.tasks, run.recipe.names)
+        with live_environment(where, tasks, run.subagent, run.recipe.budget) as environment:
+            save(parl(model, environment, run.recipe, run.start.seed, progress=False), folder / "log.json")
+        save(examine(model, run), folder / "evaluation.json")
+        model.save_pretrained(folder)
+
+    start = parl_stage(run.start)
+    config = asdict(run) | {"start": start.name, "subagent": run.subagent.name}
+    return cached("parl-live", config, build)
+
+
+def examine(model: PreTrainedModel | Script, run: LiveRun) -> pd.DataFrame:
+    """`parl_stage.evaluate` with the real sub-agent, on tasks of a library that nobody was trained in."""
+    where = library(EXAMINED_SEED + run.start.seed)
+    tasks = make_tasks(where, "train", run.examined, run.rows)
+    with live_environment(where, tasks, run.subagent, run.recipe.budget) as environment:
+        return evaluate(model, environment, run.start.seed, [len(task.gold) for task in tasks], run.episodes)
