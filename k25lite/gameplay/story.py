@@ -89,7 +89,7 @@ def overall(events: Sequence[Found], seconds: Mapping[str, float]) -> str:
         words.append(f"The player dies {_times(deaths)}, every {length(total / deaths)} on average.")
     if len(seconds) > 1:
         busiest = max(of_video, key=lambda video: len(of_video[video]))
-        words.append(f"Most happens in {busiest}: {len(of_video[busiest]):,} events.")
+        words.append(f"Most happens in {busiest}: {_count(len(of_video[busiest]), 'event')}.")
     return " ".join(words)
 
 
