@@ -23,7 +23,7 @@ from k25lite.swarm.limits import NO_LIMITS, Account, Limits
 from k25lite.swarm.policy import Policy
 from k25lite.swarm.search import tools
 from k25lite.swarm.subagent import rows_of, search_engine, work_prompt
-from k25lite.swarm.tools import as_tools
+from k25lite.swarm.tools import as_tools, run_apart
 from k25lite.swarm.trace import Trace
 from k25lite.world.library import ATTRIBUTES, Library
 
@@ -134,7 +134,7 @@ def measure(
     async def all_trials() -> list[list[tuple[bool, int, float]]]:
         return [await asyncio.gather(*(trial(number, size) for number in range(trials))) for size in sizes]
 
-    measured = asyncio.run(all_trials())
+    measured = run_apart(all_trials())
     return Calibration(tuple(sizes), tuple(np.array(part, float) for part in measured), limits.steps)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pandas as pd
@@ -26,6 +25,7 @@ from k25lite.swarm.policy import Message, Policy
 from k25lite.swarm.search import SearchEngine, tools
 from k25lite.swarm.simulator import PUBLISHED, Budget
 from k25lite.swarm.subagent import SUB_LIMITS, rows_of, search_engine
+from k25lite.swarm.tools import run_apart
 from k25lite.swarm.trace import Trace
 from k25lite.swarm.widesearch import Evaluation, Score, score
 from k25lite.swarm.widesearch import Task as Files
@@ -74,10 +74,11 @@ class Arena:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a system on a task: its score in strict mode, its trace, and what could have been answered when."""
+    """One run of a system on a task: its answer, the score in strict mode, and its trace."""
 
     system: str
     task: Task
+    answer: str
     score: Score
     trace: Trace
 
@@ -141,15 +142,14 @@ def compete(arena: Arena, systems: Iterable[System], tasks: Sequence[Task], toge
     async def run(system: System, task: Task) -> Trial:
         trace = Trace()
         result = await arena.orchestrator(system).run(task.query, trace)
-        return Trial(system.name, task, judge(task, result.answer), trace)
+        return Trial(system.name, task, result.answer, judge(task, result.answer), trace)
 
     async def run_all() -> list[Trial]:
         if together:
             return list(await asyncio.gather(*(run(*pair) for pair in pairs)))
         return [await run(*pair) for pair in pairs]
 
-    with ThreadPoolExecutor(1) as thread:  # in a notebook there is an event loop already in this one
-        return thread.submit(asyncio.run, run_all()).result()
+    return run_apart(run_all())
 
 
 def words(messages: Sequence[Message]) -> int:

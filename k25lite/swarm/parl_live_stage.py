@@ -17,7 +17,7 @@ from k25lite.swarm.calibration import Calibration
 from k25lite.swarm.parl import FULL, ParlRecipe, parl
 from k25lite.swarm.parl_language import Script
 from k25lite.swarm.parl_live import LiveEnvironment
-from k25lite.swarm.parl_stage import ParlRun, evaluate, parl_stage, save
+from k25lite.swarm.parl_stage import EPISODES, ParlRun, evaluate, parl_stage, profile_recipes, save
 from k25lite.swarm.search import SearchEngine, tools
 from k25lite.swarm.simulator import PUBLISHED, Budget
 from k25lite.swarm.subagent import search_engine, subagent_policy
@@ -51,9 +51,9 @@ def steps_of_a_name(team: Calibration) -> float:
 
 def live_environment(of: Library, tasks: Sequence[Task], subagent: Path, budget: Budget = PUBLISHED) -> LiveEnvironment:
     """Tasks of a library, worked on by the sub-agent in a folder."""
-    engines = SearchEngine(of.documents), search_engine(of.documents)
+    own, sub = tools(SearchEngine(of.documents)), tools(search_engine(of.documents))
     each = steps_of_a_name(calibrations(subagent)[0])
-    return LiveEnvironment(tasks, subagent_policy(subagent), *map(tools, engines), each, budget)
+    return LiveEnvironment(tasks, subagent_policy(subagent), own, sub, each, budget)
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,18 @@ class LiveRun:
     examined: int = 6
     rows: tuple[int, int] = (10, 60)
     episodes: int = 4
+
+
+def profile_runs(profile: str, seeds: Sequence[int], subagent: Path) -> list[LiveRun]:
+    """The whole of PARL for each seed: with the record of this sub-agent, then with itself."""
+    team, alone = calibrations(subagent)
+    recipe = profile_recipes(profile)["PARL"]
+    starts = [ParlRun("PARL", seed, recipe, team, alone, episodes=EPISODES[profile]) for seed in seeds]
+    if profile == "smoke":
+        short = replace(LIVE, iterations=1, tasks=2, samples=2, names=(10, 20))
+        return [LiveRun(start, subagent, short, tasks=4, examined=2, rows=(10, 20), episodes=1) for start in starts]
+    live = replace(LIVE, iterations=3) if profile == "lite" else LIVE
+    return [LiveRun(start, subagent, live) for start in starts]
 
 
 def live_stage(run: LiveRun) -> Path:

@@ -25,6 +25,8 @@ from k25lite.training.loop import Recipe, make_optimiser
 
 HELD_OUT = (10, 20, 40, 80, 120, 160, 200)  # names of the tasks that a run is evaluated with; training has up to 80
 
+EPISODES = {"smoke": 4, "lite": 32, "full": 32}  # of each of these sizes, by profile
+
 
 def profile_recipes(profile: str) -> dict[str, ParlRecipe]:
     """The arms of the experiment; `lite` has fewer demonstrations and iterations, and `smoke` next to nothing."""

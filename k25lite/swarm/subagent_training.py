@@ -10,7 +10,6 @@ search them, articles say nothing idle, and what only a register tells is 5 % of
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
@@ -45,6 +44,7 @@ from k25lite.swarm.subagent import (
     turns,
     work_prompt,
 )
+from k25lite.swarm.tools import run_apart
 from k25lite.training.cache import PACKAGE, cached
 from k25lite.training.loop import Recipe, train
 from k25lite.training.schedules import LearningRate, Step
@@ -55,7 +55,7 @@ from k25lite.world.library import ATTRIBUTES, UNKNOWN, Library, Shares, state
 from k25lite.world.streams import Row, make_rows
 
 CALIBRATION = "calibration.json"  # in the folder of the stage
-SHIPPED = PACKAGE.parent / "data" / "subagent"  # as `full` with seed 0 left it
+SHIPPED = PACKAGE.parent / "data" / "subagent"  # as `anew` with seed 0 left it
 # Seeds of libraries: to learn from, and to be measured with; tasks have theirs below both.
 FIRST_SEED, MEASURED_SEED = 100_000, 200_000
 SHARES = Shares(elsewhere=0.03, updated=0.02)
@@ -70,7 +70,7 @@ class Size:
 
     Attributes:
         trials: at each size of assignment that is measured.
-        steps: of training, at each stage of the curriculum; none: the sub-agent is the one that was trained at `full`.
+        steps: of training, at each stage of the curriculum; none: the sub-agent is the shipped one.
         conversations: to learn from, at each.
     """
 
@@ -80,9 +80,10 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size(1, (4, 2, 2, 2), 20),
+    "smoke": Size(2),
     "lite": Size(16),
-    "full": Size(48, (300, 400, 500, 1400), 2000),
+    "full": Size(48),
+    "anew": Size(48, (300, 400, 500, 1400), 2000),
 }
 
 
@@ -235,7 +236,7 @@ def demonstrations(seed: int, count: int, names: int) -> list[Document]:
         return found
 
     random = Random(f"k25lite subagent {seed}")
-    return asyncio.run(demonstrate_all())
+    return run_apart(demonstrate_all())
 
 
 class _Here:

@@ -11,9 +11,10 @@ import contextvars
 import inspect
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from pydantic.errors import PydanticUserError
@@ -23,6 +24,7 @@ from typing_extensions import TypedDict
 from k25lite.swarm.trace import TraceError
 
 MAX_CHARACTERS = 20_000  # of an observation
+Outcome = TypeVar("Outcome")
 
 
 class Tool:
@@ -178,3 +180,9 @@ def _problems(error: ValidationError) -> str:
         f"{'.'.join(map(str, problem['loc'])) or 'arguments'}: {problem['msg']}"
         for problem in error.errors(include_input=False, include_url=False)[:5]
     )
+
+
+def run_apart(work: Coroutine[Any, Any, Outcome]) -> Outcome:
+    """`asyncio.run` in a thread of its own: in a notebook there is an event loop in this one already."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()

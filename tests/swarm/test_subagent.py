@@ -33,6 +33,7 @@ from k25lite.swarm.subagent import (
 from k25lite.swarm.subagent_training import (
     CALIBRATION,
     SIZES,
+    Size,
     SubagentRun,
     curriculum,
     demonstrate,
@@ -47,6 +48,7 @@ from k25lite.swarm.tools import as_tools
 from k25lite.world.entities import entity_names
 from k25lite.world.library import ATTRIBUTES, UNKNOWN, Library
 
+TINY = Size(1, (4, 2, 2, 2), 20)
 NAMES = [f"{first} {last}" for first, last in zip(entity_names(40)[::2], entity_names(40)[1::2], strict=True)]
 ARTICLE = (
     "year 4 . this page tells of ada bo . formerly ada bo eats plums . ada bo is also called cy di . "
@@ -192,7 +194,7 @@ def test_an_assignment_that_makes_no_sense_is_refused(people, columns, message):
 
 
 def test_renaming_changes_words_and_nothing_that_matters():
-    rows, _ = curriculum(0, SIZES["smoke"])
+    rows, _ = curriculum(0, TINY)
     (row, *_), alike = rows["up to 3"], words_alike()
     other = renamed(row, np.random.default_rng(5))
     kinds = np.arange(len(subagent_tokenizer()))
@@ -209,7 +211,7 @@ def test_renaming_changes_words_and_nothing_that_matters():
 
 
 def test_a_curriculum_uses_every_row_once_and_begins_with_one_name():
-    rows, steps = curriculum(0, SIZES["smoke"])
+    rows, steps = curriculum(0, TINY)
     used = [pair for step in steps for pair in step]
     assert sorted(used) == sorted((stream, i) for stream, part in rows.items() for i in range(len(part)))
     assert [step[0][0] for step in steps] == ["up to 1"] * 4 + [
@@ -218,18 +220,19 @@ def test_a_curriculum_uses_every_row_once_and_begins_with_one_name():
 
 
 def test_a_profile_must_be_known():
-    with pytest.raises(ValueError, match="a profile is one of smoke, lite, full, got 'tiny'"):
+    with pytest.raises(ValueError, match="a profile is one of smoke, lite, full, anew, got 'tiny'"):
         SubagentRun(0, "tiny")
 
 
 def test_a_stage_leaves_a_policy_that_works_in_the_runtime(tmp_path, monkeypatch):
     monkeypatch.setenv("K25LITE_STAGES", str(tmp_path))
-    folder = subagent_stage(SubagentRun(0, "smoke"), progress=False)
-    assert subagent_stage(SubagentRun(0, "smoke")) == folder
+    monkeypatch.setitem(SIZES, "anew", TINY)
+    folder = subagent_stage(SubagentRun(0, "anew"), progress=False)
+    assert subagent_stage(SubagentRun(0, "anew")) == folder
     for name, limit in (("team", 12), ("alone", 400)):
         calibration = Calibration.load(folder / CALIBRATION, name)
         assert calibration.limit == limit
-        assert all(len(part) == SIZES["smoke"].trials for part in calibration.trials)
+        assert all(len(part) == TINY.trials for part in calibration.trials)
     library = Library(1, people=20)
     policy = subagent_policy(folder, max_new_tokens=20)
     result = run(policy, library, work_prompt([library.people[0].name], ["food"]), steps=3)
