@@ -131,11 +131,11 @@ def measure(
         )
         return result.done, result.steps, right / (size * len(columns))
 
-    async def all_trials() -> list[list[tuple[bool, int, float]]]:
-        return [await asyncio.gather(*(trial(number, size) for number in range(trials))) for size in sizes]
+    async def all_trials() -> list[tuple[bool, int, float]]:
+        return await asyncio.gather(*(trial(number, size) for size in sizes for number in range(trials)))
 
-    measured = run_apart(all_trials())
-    return Calibration(tuple(sizes), tuple(np.array(part, float) for part in measured), limits.steps)
+    measured = np.array(run_apart(all_trials()), float).reshape(len(sizes), trials, 3)
+    return Calibration(tuple(sizes), tuple(measured), limits.steps)
 
 
 def _is_form(trials: np.ndarray) -> bool:
