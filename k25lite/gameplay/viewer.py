@@ -3,7 +3,8 @@
 A viewer is the policy of all sub-agents. A task is one line of JSON, and so is its answer:
 
 coarse  Look at the key frames of a video alone. Answer: `quiet`, places to cut at with how much goes on there, and
-        `active`, the spans that are worth a closer look.
+        `active`, the spans that are worth a closer look. A picture that changes is worth one whatever it shows, so the
+        model is asked only about stretches that change little: it takes four times as long as decoding a key frame.
 fine    Watch these spans of a segment. Answer: `events` with their evidence, and a `summary` in words.
 clips   Cut the clips and key frames of some events (`clips.illustrate`). Answer: how many `files` there are.
 
@@ -17,16 +18,18 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from k25lite.gameplay.clips import illustrate
 from k25lite.gameplay.events import KINDS
-from k25lite.gameplay.footage import CHUNK_SECONDS, read_chunks, read_keyframes
+from k25lite.gameplay.footage import CHUNK_SECONDS, ROUNDING, _decode, _Scaler, read_chunks
 from k25lite.gameplay.merge import KEYFRAMES, Found
 from k25lite.gameplay.spans import SpanRule, find_spans, key_moments
 from k25lite.gameplay.story import summary
@@ -34,8 +37,8 @@ from k25lite.results import write_whole
 from k25lite.swarm.policy import Message, Reply
 from k25lite.vision.media import MediaError
 
-VERSION = 1  # of the answers that are kept
-LOWEST = 0.25  # of a kind's threshold: a key frame below it for all kinds, and like the one before, is dull
+VERSION = 2  # of the answers that are kept
+LOWEST = 0.25  # of a kind's threshold: a key frame below it for all kinds, and like those around it, is dull
 CHANGE = 0.08  # mean difference of two key frames, from 0 to 1, that is worth a closer look
 NEAR = 4.0  # seconds around what is worth it that are watched too; key frames further apart than this say nothing
 CELL = 10.0  # seconds: of each such stretch of a video the quietest moment is told
@@ -89,21 +92,21 @@ class LocalViewer:
         return Reply(kept.read_text(encoding="utf-8"))
 
     def _coarse(self, task: dict[str, Any]) -> dict[str, Any]:
-        model = self.model()
-        times, scores, thumbnails = [], [], []
-        error = ""
-        try:
-            for keyframes in read_keyframes(task["path"], model.size):
-                times.append(keyframes.times)
-                scores.append(model.probabilities(keyframes.frames))
-                thumbnails.append(shrink(keyframes.frames))
-        except MediaError as problem:
-            error = str(problem)
+        times, thumbnails, error = flip_through(task["path"])
         if not times:
             return {"error": error}
+        model, moments, small = self.model(), np.array(times), np.stack(thumbnails) / np.float32(255)
+        activity = np.full(len(times), np.nan)
+        changing = overview(moments, activity, small, task["seconds"])["active"]
+        dull = [n for n, time in enumerate(times) if not any(start <= time <= end for start, end in changing)]
         begins = [model.rules[kind].begin for kind in KINDS]
-        activity = (np.concatenate(scores) / begins).max(1)
-        return overview(np.concatenate(times), activity, np.concatenate(thumbnails), task["seconds"], error)
+        for run in _runs(dull):
+            frames = keyframes_between(task["path"], model.size, times[run[0]], times[run[-1]])
+            if len(frames) == len(run):  # else it is watched closely
+                activity[run] = (model.probabilities(frames) / begins).max(1)
+            else:
+                activity[run] = 1.0
+        return overview(moments, activity, small, task["seconds"], error)
 
     def _fine(self, task: dict[str, Any]) -> dict[str, Any]:
         model = self.model()
@@ -128,6 +131,46 @@ class LocalViewer:
         return told(events) | ({"error": error} if error else {})
 
 
+def flip_through(path: str) -> tuple[list[float], list[np.ndarray], str]:
+    """The times of the key frames of a video, [12, 16] uint8 of each in grey, and what is wrong with the file, if so."""
+    times, thumbnails, scale = list[float](), list[np.ndarray](), VideoReformatter()
+    height, width = THUMBNAIL
+    try:
+        for time, frame in _decode(path, keyframes=True):
+            if frame is not None:
+                small = scale.reformat(
+                    frame, width=width, height=height, format="gray", interpolation=Interpolation.AREA
+                )
+                times.append(time)
+                thumbnails.append(small.to_ndarray())
+    except MediaError as problem:
+        return times, thumbnails, str(problem)
+    return times, thumbnails, ""
+
+
+def keyframes_between(path: str, size: tuple[int, int], first: float, last: float) -> np.ndarray:
+    """[n, 1, height, width, 3] uint8: the key frames from one to another; fewer if the file cannot be read again."""
+    frames, scale = [np.zeros((0, *size, 3), np.uint8)], _Scaler(size)
+    with suppress(MediaError):
+        for time, frame in _decode(path, start=first, keyframes=True):
+            if frame is None or time > last + ROUNDING:
+                break
+            if time >= first - ROUNDING:
+                frames.append(scale(frame)[None])
+    return np.concatenate(frames)[:, None]
+
+
+def _runs(numbers: Sequence[int], longest: int = 256) -> list[list[int]]:
+    """Numbers that follow one another, in lists of so many at most."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1 and len(runs[-1]) < longest:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
+
+
 def told(events: Sequence[Found], words: str = "") -> dict[str, Any]:
     """The answer to a fine task; in place of words of a model, what can be counted."""
     ordered = [{key: value for key, value in event.as_dict().items() if key != "video"} for event in sorted(events)]
@@ -140,11 +183,12 @@ def overview(
     """The answer to a coarse task.
 
     Args:
-        times: [n] of the key frames. activity: [n], 1 where there seems to be an event. thumbnails: [n, h, w], 0 to 1.
+        times: [n] of the key frames. thumbnails: [n, h, w], 0 to 1.
+        activity: [n], 1 where there seems to be an event; nan where nobody asked, which is no place to cut either.
     """
     change = np.abs(np.diff(thumbnails, axis=0, prepend=thumbnails[:1])).mean((1, 2))
     quiet: dict[int, tuple[float, float]] = {}
-    for time, much in zip(times.tolist(), (activity + change).tolist(), strict=True):
+    for time, much in zip(times.tolist(), (np.nan_to_num(activity, nan=1.0) + change).tolist(), strict=True):
         cell = int(time / CELL)
         if cell not in quiet or much < quiet[cell][1]:
             quiet[cell] = (round(time, 3), round(much, 3))

@@ -20,7 +20,7 @@ import av
 import numpy as np
 import psutil
 import pytest
-from colours import COLOURS, Broken, Crashing, colour_model, write_truth, write_video
+from colours import COLOURS, Broken, ColourModel, Crashing, colour_model, write_truth, write_video
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -344,6 +344,29 @@ def test_the_command_says_what_is_wrong_in_one_line(footage, tmp_path, arguments
     [line] = [line for line in failed.stderr.splitlines() if line.startswith("k25lite: ")]
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["death", "boss"])
+def test_the_scout_asks_the_model_only_where_little_changes_and_overlooks_nothing_there(tmp_path, kind):
+    class Counting(ColourModel):
+        asked = 0
+
+        def probabilities(self, frames):
+            Counting.asked += len(frames)
+            return super().probabilities(frames)
+
+    path = write_video(tmp_path / "a.mp4", [(20.0, 60.0, kind), (60.0, 62.0, "level")], 100.0)
+    answer = LocalViewer(Counting, f"counting {kind}", tmp_path)._coarse({"path": str(path), "seconds": 100.0})
+    inside = [start <= 20.0 and end >= 62.0 for start, end in answer["active"]]
+    assert inside == [True], (
+        "a still event between two changes is watched from its beginning to its end, and nothing else"
+    )
+    assert answer["keyframes"] == 50
+    assert 20 < Counting.asked < 50, "what lies near a change is watched anyway"
+    quiet = dict(answer["quiet"])
+    assert max(level for time, level in quiet.items() if not 10 < time < 70) < min(
+        level for time, level in quiet.items() if 20 < time < 60
+    )
 
 
 def test_bytes_turned_at_random_are_reported_and_raise_nothing_else(footage, tmp_path):
