@@ -112,7 +112,7 @@ function mistakes() {
   const all = events.filter(e => wanted.has(e.status));
   $("mistakes").replaceChildren(...all.slice(0, many).map(e => {
     const card = make("button", {className: "mistake", onclick: () => { choose(e, true); $("stage").scrollIntoView({block: "nearest"}); }}, picture(e, middle(e)),
-      make("span", {}, `${kinds[e.kind]} ${tags[e.status]}`), make("span", {dir: "auto"}, `${videos[e.video].name}, ${clock(e.start)}`), make("span", {}, e.status === WRONG ? `${e.confidence} % sure` : seconds(e.end - e.start)));
+      make("span", {}, `${kinds[e.kind]} ${tags[e.status]}`), make("span", {dir: "auto"}, `${clock(e.start)} in ${videos[e.video].name}`), make("span", {}, e.status === WRONG ? `${e.confidence} % sure` : seconds(e.end - e.start)));
     return card;
   }));
   if (!all.length) $("mistakes").append(make("p", {className: "muted"}, "None."));
