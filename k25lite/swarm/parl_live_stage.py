@@ -6,6 +6,7 @@ draws from what the frozen sub-agent was seen to do, and moves to the sub-agent 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,20 +22,20 @@ from k25lite.swarm.parl_stage import EPISODES, ParlRun, evaluate, parl_stage, pr
 from k25lite.swarm.search import SearchEngine, tools
 from k25lite.swarm.simulator import PUBLISHED, Budget
 from k25lite.swarm.subagent import search_engine, subagent_policy
-from k25lite.swarm.subagent_training import CALIBRATION, SHARES
+from k25lite.swarm.subagent_training import CALIBRATION, wide_library
 from k25lite.training.cache import cached
 from k25lite.world.library import Library
 from k25lite.world.wide_tasks import Task, make_tasks
 
-PEOPLE = 800  # of a library to search widely: its longest tables have more than 100 rows
+PEOPLE = 800  # of a library to search widely
 TRAINING_SEED, EXAMINED_SEED = 300_000, 400_000  # of libraries to train in, and of those to be examined in
 # Rewards are those of the end of training with the record: nothing but the table.
 LIVE = replace(FULL, iterations=6, tasks=4, samples=4, names=(10, 40), parallel=0.0, finish=0.0, updates=2)
 
 
 def library(seed: int) -> Library:
-    """Of eight hundred people, as the sub-agent knows libraries."""
-    return Library(seed, people=PEOPLE, idle=0, shares=SHARES)
+    """Of eight hundred people, in whose facts there are tables of 10 to more than 100 rows."""
+    return wide_library(seed, PEOPLE)
 
 
 def calibrations(subagent: Path) -> tuple[Calibration, Calibration]:
@@ -102,7 +103,8 @@ def live_stage(run: LiveRun) -> Path:
         model.save_pretrained(folder)
 
     start = parl_stage(run.start)
-    config = asdict(run) | {"start": start.name, "subagent": run.subagent.name}
+    weights = hashlib.sha256((run.subagent / "model.safetensors").read_bytes()).hexdigest()
+    config = asdict(run) | {"start": start.name, "subagent": weights}
     return cached("parl-live", config, build)
 
 

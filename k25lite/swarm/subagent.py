@@ -38,7 +38,6 @@ from k25lite.world.library import ATTRIBUTES
 from k25lite.world.library import WORDS as LIBRARY_WORDS
 
 SUB_LIMITS = Limits(steps=12)  # of an assignment: more names than this allows are a failure
-ALONE_LIMITS = Limits(steps=400)  # of an agent that reads everything itself
 WINDOW = 8192  # tokens
 MAX_REPLY = 40  # tokens; a row takes up to 18
 MARKS = {"user": "<user>", "tool": "<system>"}  # before what an assignment and a tool say

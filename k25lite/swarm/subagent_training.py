@@ -10,7 +10,6 @@ search them, articles say nothing idle, and what only a register tells is 5 % of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from functools import cache
 from itertools import cycle
 from pathlib import Path
 from random import Random
-from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -27,11 +25,10 @@ import torch
 from transformers import LlamaConfig
 
 from k25lite.model import K25Lite, K25LiteConfig
-from k25lite.swarm.calibration import measure
+from k25lite.swarm.calibration import measure, measure_alone
 from k25lite.swarm.policy import Message, Reply, call
 from k25lite.swarm.search import Found, SearchEngine, tools
 from k25lite.swarm.subagent import (
-    ALONE_LIMITS,
     ANSWER,
     LETTERS,
     SUB_LIMITS,
@@ -69,22 +66,22 @@ class Size:
     """How much a profile does.
 
     Attributes:
-        trials: at each size of assignment that is measured.
-        steps: of training, at each stage of the curriculum; none: the sub-agent is the shipped one.
+        steps: of training, at each stage of the curriculum.
         conversations: to learn from, at each.
+        trials, alone_trials: at each size of assignment that is measured, of `names` and of `alone_names`.
     """
 
+    steps: tuple[int, ...]
+    conversations: int
     trials: int
-    steps: tuple[int, ...] = ()
-    conversations: int = 0
+    alone_trials: int
+    names: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    alone_names: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 
 
-SIZES = {
-    "smoke": Size(2),
-    "lite": Size(16),
-    "full": Size(48),
-    "anew": Size(48, (300, 400, 500, 1400), 2000),
-}
+# Profiles that are not here take the sub-agent that is shipped, with its record.
+SIZES = {"anew": Size((300, 400, 500, 1400), 2000, trials=48, alone_trials=12)}
+PROFILES = ("smoke", "lite", "full", *SIZES)
 
 
 @dataclass(frozen=True)
@@ -96,42 +93,45 @@ class SubagentRun:
     recipe: Recipe = Recipe(LearningRate(5e-3), qk_clip=None, trained_scale=0.2)  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
-        if self.profile not in SIZES:
-            raise ValueError(f"a profile is one of {', '.join(SIZES)}, got {self.profile!r}")
+        if self.profile not in PROFILES:
+            raise ValueError(f"a profile is one of {', '.join(PROFILES)}, got {self.profile!r}")
 
 
 def subagent_stage(run: SubagentRun, progress: bool = True) -> Path:
-    """The folder of a trained sub-agent, the history of its training, and its calibration ("team" and "alone").
+    """The folder of a trained sub-agent and its calibration ("team" and "alone"); if it is trained anew, with its history.
 
     Raises:
         FileNotFoundError: a profile that takes the shipped sub-agent, outside of a checkout.
     """
 
     def build(folder: Path) -> None:
-        if size.steps:
-            torch.manual_seed(FIRST_SEED + run.seed)
-            model = K25Lite(subagent_config())
-            torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)  # words are told apart sooner
-            rows, steps = curriculum(run.seed, size)
-            train(model, steps, rows, run.recipe, progress=progress).save(folder)
-            model.save_pretrained(folder)
-        else:
-            copytree(SHIPPED, folder, dirs_exist_ok=True)
-        policy = subagent_policy(folder)
-        libraries = [wide_library(MEASURED_SEED + 10 * run.seed + number) for number in range(4)]
-        for name, limits in (("team", SUB_LIMITS), ("alone", ALONE_LIMITS)):
-            measure(policy, libraries, trials=size.trials, limits=limits).save(folder / CALIBRATION, name)
+        torch.manual_seed(FIRST_SEED + run.seed)
+        model = K25Lite(subagent_config())
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)  # words are told apart sooner
+        rows, steps = curriculum(run.seed, size)
+        train(model, steps, rows, run.recipe, progress=progress).save(folder)
+        model.save_pretrained(folder)
+        calibrate(folder, run.seed, size)
 
-    size = SIZES[run.profile]
-    config = asdict(run) | {"size": asdict(size)}
-    if not size.steps:
-        config["shipped"] = hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()
-    return cached("subagent", config, build)
+    if run.profile in SIZES:
+        size = SIZES[run.profile]
+        return cached("subagent", asdict(run) | {"size": asdict(size)}, build)
+    if not SHIPPED.is_dir():
+        raise FileNotFoundError(f"no sub-agent in {SHIPPED}: it comes with a checkout; or train one, profile='anew'")
+    return SHIPPED
 
 
-def wide_library(seed: int) -> Library:
-    """Of two hundred people, to search widely."""
-    return Library(seed, people=200, idle=0, shares=SHARES)
+def calibrate(folder: Path, seed: int, size: Size) -> None:
+    """Measure the sub-agent in this folder, in libraries that it was not trained in."""
+    policy = subagent_policy(folder)
+    small, large = ([wide_library(MEASURED_SEED + 10 * seed + n, people) for n in range(4)] for people in (200, 800))
+    measure(policy, small, size.names, size.trials, SUB_LIMITS).save(folder / CALIBRATION, "team")
+    measure_alone(policy, large, size.alone_names, size.alone_trials).save(folder / CALIBRATION, "alone")
+
+
+def wide_library(seed: int, people: int = 200) -> Library:
+    """As the sub-agent knows libraries."""
+    return Library(seed, people=people, idle=0, shares=SHARES)
 
 
 def subagent_config() -> K25LiteConfig:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k25lite.swarm import Limits, ScriptedPolicy
-from k25lite.swarm.calibration import Calibration, measure
+from k25lite.swarm import Limits, Reply, ScriptedPolicy
+from k25lite.swarm.calibration import Calibration, measure, measure_alone
 from k25lite.swarm.subagent import Subagent
 from k25lite.swarm.subagent_training import demonstrate
 from k25lite.world.library import Library, Shares
@@ -136,3 +136,31 @@ def test_libraries_that_are_too_small_are_refused():
         measure(ScriptedPolicy(demonstrate), [Library(1, people=20)], trials=1)
     with pytest.raises(ValueError, match="people or more are needed"):
         measure(ScriptedPolicy(demonstrate), [], trials=1)
+
+
+def test_who_reads_alone_and_makes_no_mistakes_takes_a_step_for_each_and_one_for_the_answer():
+    libraries = [Library(seed, people=60, shares=PLAIN) for seed in (1, 2)]
+    measured = measure_alone(Subagent(ScriptedPolicy(demonstrate)), libraries, (1, 4, 11), trials=4, steps=30)
+    assert measured.limit == 30
+    for size, part in zip(measured.sizes, measured.trials, strict=True):
+        np.testing.assert_array_equal(part, [[1, size + 1, 1.0]] * 4)
+
+
+def test_who_errs_alone_is_measured_to_err():
+    """A reader whose notes of the second person on are about somebody else."""
+
+    def forgetful(messages):
+        reply = demonstrate(messages)
+        return reply if len(messages) < 4 else Reply(reply.content.replace(" : ", " ii : "), reply.calls)
+
+    libraries = [Library(1, people=60, shares=PLAIN)]
+    measured = measure_alone(Subagent(ScriptedPolicy(forgetful)), libraries, (1, 4), trials=3)
+    assert measured.trials[0][:, 2].tolist() == [1.0] * 3
+    assert measured.trials[1][:, 2].tolist() == [1 / 4] * 3
+
+
+def test_people_with_nothing_in_common_are_refused():
+    with pytest.raises(ValueError, match="32 people have a fact in common"):
+        measure_alone(ScriptedPolicy(demonstrate), [Library(1, people=20)], (1, 32), trials=1)
+    with pytest.raises(ValueError, match="a fact in common"):
+        measure_alone(ScriptedPolicy(demonstrate), [], trials=1)

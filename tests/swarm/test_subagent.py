@@ -48,7 +48,7 @@ from k25lite.swarm.tools import as_tools
 from k25lite.world.entities import entity_names
 from k25lite.world.library import ATTRIBUTES, UNKNOWN, Library
 
-TINY = Size(1, (4, 2, 2, 2), 20)
+TINY = Size((4, 2, 2, 2), 20, trials=1, alone_trials=2, names=(1, 4), alone_names=(1, 3))
 NAMES = [f"{first} {last}" for first, last in zip(entity_names(40)[::2], entity_names(40)[1::2], strict=True)]
 ARTICLE = (
     "year 4 . this page tells of ada bo . formerly ada bo eats plums . ada bo is also called cy di . "
@@ -229,10 +229,10 @@ def test_a_stage_leaves_a_policy_that_works_in_the_runtime(tmp_path, monkeypatch
     monkeypatch.setitem(SIZES, "anew", TINY)
     folder = subagent_stage(SubagentRun(0, "anew"), progress=False)
     assert subagent_stage(SubagentRun(0, "anew")) == folder
-    for name, limit in (("team", 12), ("alone", 400)):
+    for name, limit, trials in (("team", 12, TINY.trials), ("alone", 400, TINY.alone_trials)):
         calibration = Calibration.load(folder / CALIBRATION, name)
         assert calibration.limit == limit
-        assert all(len(part) == TINY.trials for part in calibration.trials)
+        assert all(len(part) == trials for part in calibration.trials)
     library = Library(1, people=20)
     policy = subagent_policy(folder, max_new_tokens=20)
     result = run(policy, library, work_prompt([library.people[0].name], ["food"]), steps=3)
