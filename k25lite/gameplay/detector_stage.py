@@ -2,15 +2,14 @@
 
 Eight maps are for tests, four for choosing the rules that make events of probabilities, twenty for training. A step sees
 chunks and single pictures of other chunks, mirrored or not, some without status bar or messages, so that the detector does
-not live on these alone. Changes of map are rare, so some are made: a chunk that goes on with pictures of another video.
-Not covered: hard examples, other games.
+not live on these alone. Not covered: hard examples, other games.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 from tqdm.auto import tqdm
 
 from k25lite.gameplay.detector import Detector, DetectorConfig
 from k25lite.gameplay.doom import MAPS
-from k25lite.gameplay.events import KINDS, Event
-from k25lite.gameplay.footage import (
-    CHUNK_SECONDS,
-    FRAME_STEP,
-    FRAMES,
-    ROUNDING,
-    hide,
-    read_all,
-    read_chunks,
-    read_events,
-    shares,
-)
+from k25lite.gameplay.events import Event
+from k25lite.gameplay.footage import hide, read_all, read_chunks, read_events, shares
 from k25lite.gameplay.record import record
 from k25lite.gameplay.scoring import score, write_metrics
 from k25lite.gameplay.spans import Scored, choose_rules, find_spans
@@ -45,15 +32,12 @@ from k25lite.training.cache import cached
 from k25lite.training.muonclip import MuonClip
 from k25lite.training.vit import mixed_precision, warmup_stable_decay
 
-LEVEL = KINDS.index("level")
 TEST_MAPS = MAPS[3::4]
 VALIDATION_MAPS = MAPS[2::8]
 TRAINING_MAPS = tuple(sorted(set(MAPS) - {*TEST_MAPS, *VALIDATION_MAPS}))
 FIRST_SEED = 900  # of the recordings to train on: tests use others
-MAP_SECONDS = 40.0  # to train on: short stays, many places, and many bosses
-VALIDATION_MAP_SECONDS = 120.0  # as long as recordings have by default: how rare bosses are decides on the thresholds
+MAP_SECONDS = 40.0  # short stays: many places, and many bosses
 HIDDEN = 0.2  # share of examples without status bar; half of them without messages as well
-SPLICED = 0.03  # share of chunks that go on with pictures of another video: as many again as there are changes of map
 
 
 @dataclass(frozen=True)
@@ -67,13 +51,13 @@ class DetectorRun:
         learning_rate: of MuonClip, at its peak.
     """
 
-    videos: int = 48
-    minutes: float = 240.0
-    validation_videos: int = 12
-    validation_minutes: float = 48.0
-    steps: int = 1300
+    videos: int = 20
+    minutes: float = 100.0
+    validation_videos: int = 6
+    validation_minutes: float = 24.0
+    steps: int = 1600
     chunks: int = 16
-    images: int = 8
+    images: int = 16
     learning_rate: float = 2e-3
     seed: int = 0
 
@@ -89,10 +73,7 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """A video as it is trained on: times [n], frames [n, 4, height, width, 3], targets [n, KINDS], and its events.
-
-    The frames may be a view in which those of neighbouring chunks are the same.
-    """
+    """A video as it is trained on: times [n], frames [n, 4, height, width, 3], targets [n, KINDS], and its events."""
 
     times: np.ndarray
     frames: np.ndarray
@@ -108,7 +89,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_recording(folder: Path, size: tuple[int, int]) -> list[Labelled]:
-    """The videos of a recording, in chunks; a kind that fills half a chunk is its target, a level if the change is seen.
+    """The videos of a recording, in chunks; a kind that fills half a chunk is its target.
 
     Raises:
         ValueError: `folder` holds no finished recording.
@@ -120,25 +101,8 @@ def read_recording(folder: Path, size: tuple[int, int]) -> list[Labelled]:
         mine = [event for event in events if event.video == entry["video"]]
         chunks = read_all(read_chunks(folder / entry["video"], size))
         targets = (2 * shares(mine, chunks.times)).clip(max=1)
-        targets[:, LEVEL] = _changes_seen(mine, chunks.times)
-        videos.append(Labelled(chunks.times, _overlapping(chunks.frames), targets, mine))
+        videos.append(Labelled(chunks.times, chunks.frames, targets, mine))
     return videos
-
-
-def _changes_seen(events: Iterable[Event], times: np.ndarray) -> np.ndarray:
-    """[n]: 1 where a map begins between the first and the last picture of a chunk. Soon after, it is like any other."""
-    first, last = times - FRAME_STEP, times + CHUNK_SECONDS
-    seen = np.zeros(len(times), np.float32)
-    for event in events:
-        if event.kind == "level":
-            seen[(first < event.start - ROUNDING) & (event.start - ROUNDING <= last)] = 1
-    return seen
-
-
-def _overlapping(frames: np.ndarray) -> np.ndarray:
-    """The same chunks, in half the memory: the last two pictures of each are the first two of the next."""
-    pictures = np.concatenate([rearrange(frames[:, :2], "n t h w c -> (n t) h w c"), frames[-1, 2:]])
-    return rearrange(sliding_window_view(pictures, FRAMES, axis=0)[::2], "n h w c t -> n t h w c")
 
 
 def train(detector: Detector, videos: Sequence[Labelled], run: DetectorRun, progress: bool = True) -> pd.DataFrame:
@@ -163,10 +127,9 @@ def train(detector: Detector, videos: Sequence[Labelled], run: DetectorRun, prog
     losses, rates = [], []
     for step in tqdm(range(run.steps), desc="detector", leave=False, mininterval=1.0, disable=not progress):
         chosen = [places[i] for i in order[step * size : (step + 1) * size]]
-        examples = [_example(videos, video, chunk, rng) for video, chunk in chosen]
-        items = [frames for frames, _ in examples]
+        items = [_changed(videos[video].frames[chunk], rng) for video, chunk in chosen]
         items[run.chunks :] = [frames[2:3] for frames in items[run.chunks :]]
-        targets = torch.from_numpy(np.stack([target for _, target in examples]))
+        targets = torch.from_numpy(np.stack([videos[video].targets[chunk] for video, chunk in chosen]))
         with mixed_precision(detector.device):
             logits = detector.logits(items)
         loss = F.binary_cross_entropy_with_logits(logits.float(), targets.to(logits.device))
@@ -179,20 +142,6 @@ def train(detector: Detector, videos: Sequence[Labelled], run: DetectorRun, prog
         schedule.step()
     detector.eval()
     return pd.DataFrame({"step": range(run.steps), "loss": losses, "learning_rate": rates})
-
-
-def _example(
-    videos: Sequence[Labelled], video: int, chunk: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    frames, targets = videos[video].frames[chunk], videos[video].targets[chunk]
-    if rng.random() < SPLICED and len(videos) > 1:
-        other = videos[(video + rng.integers(1, len(videos))) % len(videos)]
-        after, cut = rng.integers(len(other.times)), rng.integers(1, FRAMES)
-        share = (cut - 1) / 2  # of what the chunk is about, its second and third picture, that comes before the cut
-        frames = np.concatenate([frames[:cut], other.frames[after][cut:]])
-        targets = share * targets + (1 - share) * other.targets[after]
-        targets[LEVEL] = 1
-    return _changed(frames, rng), targets.astype(np.float32)
 
 
 def _changed(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -240,10 +189,7 @@ def detector_stage(run: DetectorRun, footage: tuple[Path, Path] | None = None, p
 
 
 def _record(folder: Path, run: DetectorRun, progress: bool) -> tuple[Path, Path]:
-    sizes = (
-        (run.videos, run.minutes, TRAINING_MAPS, MAP_SECONDS),
-        (run.validation_videos, run.validation_minutes, VALIDATION_MAPS, VALIDATION_MAP_SECONDS),
-    )
+    sizes = ((run.videos, run.minutes, TRAINING_MAPS), (run.validation_videos, run.validation_minutes, VALIDATION_MAPS))
     made = [
         record(
             folder / str(number),
@@ -251,9 +197,9 @@ def _record(folder: Path, run: DetectorRun, progress: bool) -> tuple[Path, Path]
             minutes=minutes,
             maps=maps,
             seed=FIRST_SEED + 2 * run.seed + number,
-            map_seconds=map_seconds,
+            map_seconds=MAP_SECONDS,
             progress=progress,
         ).parent
-        for number, (videos, minutes, maps, map_seconds) in enumerate(sizes)
+        for number, (videos, minutes, maps) in enumerate(sizes)
     ]
     return made[0], made[1]
