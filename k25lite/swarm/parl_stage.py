@@ -23,17 +23,18 @@ from k25lite.swarm.simulator import Environment, Record, Simulator, WideSearch
 from k25lite.training.cache import cached
 from k25lite.training.loop import Recipe, make_optimiser
 
+FIRST_SEED = 100  # of the experiment; λ1 was chosen with seeds 200 to 202
 HELD_OUT = (10, 20, 40, 80, 120, 160, 200)  # names of the tasks that a run is evaluated with; training has up to 80
 
-EPISODES = {"smoke": 4, "lite": 32, "full": 32}  # of each of these sizes, by profile
+EPISODES = {"smoke": 4, "lite": 8, "full": 32}  # of each of these sizes, by profile
 
 
 def profile_recipes(profile: str) -> dict[str, ParlRecipe]:
-    """The arms of the experiment; `lite` has fewer demonstrations and iterations, and `smoke` next to nothing."""
+    """The arms of the experiment; `lite` has shorter tasks and half as much training, and `smoke` next to nothing."""
 
     def shortened(recipe: ParlRecipe) -> ParlRecipe:
         if profile == "lite":
-            return replace(recipe, iterations=24, demonstrations=1024)
+            return replace(recipe, iterations=16, demonstrations=1024, names=(10, 40))
         if profile == "smoke":
             return replace(recipe, iterations=2, tasks=4, samples=2, names=(4, 12), demonstrations=32)
         return recipe
