@@ -139,7 +139,7 @@ def test_libraries_that_are_too_small_are_refused():
 
 
 def test_who_reads_alone_and_makes_no_mistakes_takes_a_step_for_each_and_one_for_the_answer():
-    libraries = [Library(seed, people=60, shares=PLAIN) for seed in (1, 2)]
+    libraries = [Library(seed, people=60, idle=0, shares=PLAIN) for seed in (1, 2)]
     measured = measure_alone(Subagent(ScriptedPolicy(demonstrate)), libraries, (1, 4, 11), trials=4, steps=30)
     assert measured.limit == 30
     for size, part in zip(measured.sizes, measured.trials, strict=True):
@@ -153,7 +153,7 @@ def test_who_errs_alone_is_measured_to_err():
         reply = demonstrate(messages)
         return reply if len(messages) < 4 else Reply(reply.content.replace(" : ", " ii : "), reply.calls)
 
-    libraries = [Library(1, people=60, shares=PLAIN)]
+    libraries = [Library(1, people=60, idle=0, shares=PLAIN)]
     measured = measure_alone(Subagent(ScriptedPolicy(forgetful)), libraries, (1, 4), trials=3)
     assert measured.trials[0][:, 2].tolist() == [1.0] * 3
     assert measured.trials[1][:, 2].tolist() == [1 / 4] * 3
