@@ -374,7 +374,7 @@ def test_every_figure_of_the_log_is_within_its_range(model, words, few_kinds):
 
 def test_it_learns_what_is_rewarded_and_not_from_rewards_without_meaning(known, words, few_kinds, monkeypatch):
     monkeypatch.setattr(rl, "ABILITIES", {"recognise": ("what",)})
-    recipe = RLRecipe(steps=10, prompts=4, samples=16, pool=4, shown=0.0, update=Recipe(LearningRate(3e-3)))
+    recipe = RLRecipe(steps=20, prompts=4, samples=16, pool=4, shown=0.0, update=Recipe(LearningRate(3e-3)))
     dice = Random(0)
     rises = []
     for pay in (rl.reward, lambda *_: float(dice.random() < 0.3)):  # earned; or as many, given to anyone
