@@ -64,7 +64,7 @@ class ParlRecipe:
     serial: float = 0.95
     demonstrations: int = 2048
     start: Recipe = Recipe(LearningRate(5e-3), qk_clip=None, weight_decay=0.0)  # noqa: RUF009  (frozen)
-    update: Recipe = Recipe(LearningRate(1e-3), qk_clip=None, weight_decay=0.0)  # noqa: RUF009  (frozen)
+    update: Recipe = Recipe(LearningRate(2e-3), qk_clip=None, weight_decay=0.0)  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
         rules = {

@@ -18,7 +18,7 @@ from k25lite.swarm.calibration import Calibration
 from k25lite.swarm.parl import FULL, ParlRecipe, parl
 from k25lite.swarm.parl_language import Script
 from k25lite.swarm.parl_live import LiveEnvironment
-from k25lite.swarm.parl_stage import EPISODES, FIRST_SEED, ParlRun, evaluate, parl_stage, profile_recipes, save
+from k25lite.swarm.parl_stage import FIRST_SEED, ParlRun, evaluate, parl_stage, profile_run, save
 from k25lite.swarm.search import SearchEngine, tools
 from k25lite.swarm.simulator import PUBLISHED, Budget
 from k25lite.swarm.subagent import search_engine, subagent_policy
@@ -80,8 +80,7 @@ class LiveRun:
 def profile_runs(profile: str, seeds: Sequence[int], subagent: Path) -> list[LiveRun]:
     """The whole of PARL for each seed: with the record of this sub-agent, then with itself."""
     team, alone = calibrations(subagent)
-    recipe = profile_recipes(profile)["PARL"]
-    starts = [ParlRun("PARL", FIRST_SEED + seed, recipe, team, alone, episodes=EPISODES[profile]) for seed in seeds]
+    starts = [profile_run(profile, "PARL", FIRST_SEED + seed, team, alone) for seed in seeds]
     if profile == "smoke":
         short = replace(LIVE, iterations=1, tasks=2, samples=2, names=(10, 20))
         return [LiveRun(start, subagent, short, tasks=4, examined=2, rows=(10, 20), episodes=1) for start in starts]

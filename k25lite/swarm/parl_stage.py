@@ -23,18 +23,18 @@ from k25lite.swarm.simulator import Environment, Record, Simulator, WideSearch
 from k25lite.training.cache import cached
 from k25lite.training.loop import Recipe, make_optimiser
 
-FIRST_SEED = 100  # of the experiment; λ1 was chosen with seeds 200 to 202
+FIRST_SEED = 1000  # of the experiment; the recipe was chosen with seeds 100 to 211
 HELD_OUT = (10, 20, 40, 80, 120, 160, 200)  # names of the tasks that a run is evaluated with; training has up to 80
 
 EPISODES = {"smoke": 4, "lite": 8, "full": 32}  # of each of these sizes, by profile
 
 
 def profile_recipes(profile: str) -> dict[str, ParlRecipe]:
-    """The arms of the experiment; `lite` has shorter tasks and half as much training, and `smoke` next to nothing."""
+    """The arms of the experiment; `lite` has shorter tasks and less training, and `smoke` next to nothing."""
 
     def shortened(recipe: ParlRecipe) -> ParlRecipe:
         if profile == "lite":
-            return replace(recipe, iterations=16, demonstrations=1024, names=(10, 40))
+            return replace(recipe, iterations=16, names=(10, 40))
         if profile == "smoke":
             return replace(recipe, iterations=2, tasks=4, samples=2, names=(4, 12), demonstrations=32)
         return recipe
@@ -110,7 +110,7 @@ class ParlRun:
 
     Args:
         team, alone: the record of the frozen sub-agent, as a part of the team and on its own.
-        episodes: of each held-out size that it is evaluated with in the end.
+        episodes: of each of these sizes that it is evaluated with in the beginning and in the end.
     """
 
     name: str
@@ -119,10 +119,17 @@ class ParlRun:
     team: Record
     alone: Record
     episodes: int = 32
+    sizes: tuple[int, ...] = HELD_OUT
 
     @property
     def simulator(self) -> Simulator:
         return Simulator(self.team, self.alone, self.recipe.budget)
+
+
+def profile_run(profile: str, name: str, seed: int, team: Record, alone: Record) -> ParlRun:
+    """An arm of the experiment."""
+    sizes = HELD_OUT[:3] if profile == "smoke" else HELD_OUT
+    return ParlRun(name, seed, profile_recipes(profile)[name], team, alone, EPISODES[profile], sizes)
 
 
 def parl_stage(run: ParlRun) -> Path:
@@ -130,13 +137,19 @@ def parl_stage(run: ParlRun) -> Path:
 
     def build(folder: Path) -> None:
         model = LlamaForCausalLM.from_pretrained(start)
-        save(evaluate(model, run.simulator, run.seed, episodes=run.episodes), folder / "start.json")
+        save(evaluate(model, run.simulator, run.seed, run.sizes, run.episodes), folder / "start.json")
         save(parl(model, run.simulator, run.recipe, run.seed, progress=False), folder / "log.json")
-        save(evaluate(model, run.simulator, run.seed, episodes=run.episodes), folder / "evaluation.json")
+        save(evaluate(model, run.simulator, run.seed, run.sizes, run.episodes), folder / "evaluation.json")
         model.save_pretrained(folder)
 
     start = cold_start_stage(run)
-    config = {"start": start.name, "seed": run.seed, "episodes": run.episodes, "recipe": asdict(run.recipe)}
+    config = {
+        "start": start.name,
+        "seed": run.seed,
+        "episodes": run.episodes,
+        "sizes": run.sizes,
+        "recipe": asdict(run.recipe),
+    }
     return cached("parl", config, build)
 
 
