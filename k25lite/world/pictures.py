@@ -15,7 +15,6 @@ from random import Random
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_digits
 
 from k25lite.world.entities import SPRITE_SIDE, Entity
 from k25lite.world.scenes import CELL, COLOURS, GLYPH, Thing, glyph
@@ -101,5 +100,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits  # takes two seconds to import, and most processes draw no digit
+
     digits = load_digits()
     return digits.images.astype(np.uint8), digits.target

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import Rotting, Steady
 
-from k25lite.swarm import parl_rollout
 from k25lite.swarm.parl import ARMS, ParlRecipe, Reward, draw_tasks, learn, log_probs, parl
 from k25lite.swarm.parl_language import (
     ACTS,
@@ -189,10 +188,9 @@ def test_the_same_dice_the_same_rollouts_and_the_model_goes_on_as_it_was(model):
     assert model.training
 
 
-def test_an_episode_that_outgrows_the_window_ends_without_an_answer(model, monkeypatch):
-    monkeypatch.setattr(parl_rollout, "WINDOW", 12)
+def test_an_episode_that_outgrows_the_window_ends_without_an_answer(model):
     environment = simulator(100)
-    rollouts = roll_out(model, environment, draw_tasks((70, 80), 8, 1, 1), generator=dice())
+    rollouts = roll_out(model, environment, draw_tasks((70, 80), 8, 1, 1), window=12, generator=dice())
     assert rollouts.input_ids.shape[1] == 12
     ended = (rollouts.input_ids == IDS[ANSWER]).any(1).tolist()
     assert [outcome.answered for outcome in environment.outcomes()] == ended
@@ -398,15 +396,30 @@ def test_a_run_is_kept_and_arms_share_their_start(tmp_path, monkeypatch):
     log = pd.read_json(folder / "log.json")
     assert len(log) == 2
     assert {"reward", "r_perf", "parallelism", "finish_rate", "bonus", "entropy", "masked", *SECONDS} <= {*log.columns}
-    for name in ("start", "evaluation"):
-        assert len(json.loads((folder / f"{name}.json").read_text())) == 7 * 2
+    for stage in (folder, cold_start_stage(run)):
+        assert len(json.loads((stage / "evaluation.json").read_text())) == 7 * 2
     other = replace(run, recipe=tiny(parallel=0.0))
     assert cold_start_stage(other) == cold_start_stage(run)
     assert parl_stage(other) != folder
     assert cold_start_stage(replace(run, team=Steady())) != cold_start_stage(run)
-    assert cold_start_stage(replace(run, recipe=tiny(budget=Budget(of="total")))) != cold_start_stage(run)
+    total = replace(run, recipe=tiny(budget=Budget(of="total")))
+    assert cold_start_stage(total) == cold_start_stage(run), (
+        "arms differ in what they learn under, not in what they saw"
+    )
+    assert parl_stage(total) != folder
 
 
 def test_no_episode_is_longer_than_the_window_of_the_model():
     assert make_orchestrator(0).config.max_position_embeddings == WINDOW
     assert WideSearch(200).pages < 100
+
+
+def test_log_probs_do_not_depend_on_which_episodes_stand_together(model):
+    tasks = [WideSearch(names, names) for names in (40, 3, 20, 1, 8)]
+    rollouts = roll_out(model, simulator(), tasks, generator=torch.Generator().manual_seed(0))
+    together = log_probs(model, rollouts)
+    assert together.shape == rollouts.input_ids.shape
+    for row in range(len(tasks)):
+        (one,) = log_probs(model, rollouts[torch.tensor([row])])
+        written = rollouts.written[row]
+        torch.testing.assert_close(one[written[: len(one)]], together[row][written], atol=1e-5, rtol=1e-5)
