@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from k25lite.swarm.parl_language import Acts, Observation
-from k25lite.swarm.parl_rollout import Rollouts, only_acts, roll_out
+from k25lite.swarm.parl_rollout import WINDOW, Rollouts, only_acts, roll_out
 from k25lite.swarm.simulator import PUBLISHED, Budget, Environment, Outcome, WideSearch
 from k25lite.training.loop import Recipe, make_optimiser
 from k25lite.training.objective import advantages, policy_loss, token_log_probs
@@ -39,6 +40,7 @@ class ParlRecipe:
         parallel, finish: λ1 and λ2 in the beginning. annealed: the share of training in which they fall to zero, linearly;
             None leaves them as they are. full_team: sub-agents that earn the whole of r_parallel.
         updates: on each batch of rollouts, every one on a part of its tasks; from the second on these are stale.
+        window: tokens of an episode, at most; one that is longer ends without an answer.
         low, high, tau: of the objective.
         serial: the share of demonstrations in which the orchestrator works alone. demonstrations: to begin with.
         start, update: how to learn from demonstrations, and from rewards.
@@ -58,6 +60,7 @@ class ParlRecipe:
     full_team: int = 8
     updates: int = 4
     temperature: float = 1.0
+    window: int = WINDOW
     low: float = -0.7
     high: float = 0.7
     tau: float = 0.05
@@ -78,6 +81,7 @@ class ParlRecipe:
             "full_team": self.full_team >= 1,
             "updates": 1 <= self.updates <= self.tasks,
             "temperature": 0 < self.temperature < math.inf,
+            "window": 2 <= self.window <= WINDOW,
             "low": self.low < 0,
             "high": self.high > 0,
             "tau": self.tau >= 0,
@@ -93,6 +97,7 @@ class ParlRecipe:
 
 
 PER_STEP = 16  # demonstrations
+TOGETHER = 16  # episodes in a forward pass with gradients
 FULL = ParlRecipe()
 # What each arm of the experiment goes without.
 ARMS: dict[str, ParlRecipe] = {
@@ -133,9 +138,18 @@ def draw_tasks(names: tuple[int, int], tasks: int, samples: int, *seed: int) -> 
 
 
 def log_probs(model: PreTrainedModel, batch: Rollouts, temperature: float = 1.0) -> Tensor:
-    """What the model holds of the acts now, [episodes, length] in nats, with gradients; −inf where something was told."""
-    logits = model(batch.input_ids, use_cache=False).logits
-    return token_log_probs(only_acts(logits / temperature), batch.input_ids)
+    """What the model holds of the acts now, [episodes, length] in nats, with gradients; −inf where something was told.
+
+    Episodes of a length go together: one that is five times as long as the others would have them all padded.
+    """
+    order, length = batch.lengths.argsort(), batch.input_ids.shape[1]
+    parts = []
+    for rows in order.split(TOGETHER):
+        part = batch[rows]
+        logits = model(part.input_ids, use_cache=False).logits
+        found = token_log_probs(only_acts(logits / temperature), part.input_ids)
+        parts.append(pad(found, (0, length - found.shape[1]), value=-torch.inf))
+    return torch.cat(parts)[order.argsort()]
 
 
 def parl(
@@ -159,7 +173,7 @@ def parl(
         tasks = draw_tasks(recipe.names, recipe.tasks, recipe.samples, seed, 4, iteration)
         start, timed.seconds = time.perf_counter(), 0.0
         dice = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
-        rollouts = roll_out(model, timed, tasks, temperature=recipe.temperature, generator=dice)
+        rollouts = roll_out(model, timed, tasks, temperature=recipe.temperature, window=recipe.window, generator=dice)
         outcomes, rolled = timed.outcomes(), time.perf_counter()
         rewards = [Reward.of(outcome, recipe.full_team) for outcome in outcomes]
         earned = torch.tensor([reward.total(recipe, iteration) for reward in rewards]).view(-1, recipe.samples)

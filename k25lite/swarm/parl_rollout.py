@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from k25lite.swarm.parl_language import ACTS, IDS, TASK, TOKENS, closes
 from k25lite.swarm.simulator import Environment, WideSearch
 
-WINDOW = 512  # tokens of an episode; one that is longer ends without an answer
+WINDOW = 512  # tokens that an orchestrator can have before it
 
 
 def make_orchestrator(seed: int, hidden_size: int = 64, layers: int = 2) -> PreTrainedModel:
@@ -91,12 +91,14 @@ def roll_out(
     tasks: Sequence[WideSearch],
     *,
     temperature: float = 1.0,
+    window: int = WINDOW,
     generator: torch.Generator | None = None,
 ) -> Rollouts:
     """An episode for each task; the environment tells how they went.
 
     Args:
         temperature: 0 takes the likeliest act; log-probabilities are those of the distribution sampled from.
+        window: tokens of an episode, at most; one that is longer ends without an answer.
     """
     training = model.training
     model.eval()
@@ -108,13 +110,13 @@ def roll_out(
     rows = list(range(len(tasks)))  # the episodes in the cache
     working = set(rows)
     tokens, cache = [IDS[TASK]] * len(rows), DynamicCache(config=model.config)
-    for _ in range(WINDOW - 1):
+    for _ in range(window - 1):
         output = model(torch.tensor(tokens)[:, None], past_key_values=cache, use_cache=True)
         scaled = (only_acts(output.logits[:, -1]) / (temperature or 1.0)).log_softmax(-1)
         likely = scaled.exp()
         drawn = torch.multinomial(likely, 1, generator=generator) if temperature else scaled.argmax(-1, keepdim=True)
         surprise = scaled.gather(1, drawn).squeeze(1).tolist()
-        spread = -torch.where(likely > 0, likely * scaled, 0.0).sum(1)
+        spread = torch.where(likely > 0, -likely * scaled, 0.0).sum(1).tolist()
         tokens = drawn.squeeze(1).tolist()
         steps: dict[int, Sequence[str]] = {}
         for place, row in enumerate(rows):
@@ -123,7 +125,7 @@ def roll_out(
             is_act = not to_read[row]
             if is_act:
                 acts[row].append(ACTS[tokens[place]])
-                entropies.append(float(spread[place]))
+                entropies.append(spread[place])
                 if closes(acts[row]):
                     steps[row], acts[row] = acts[row], []
             else:

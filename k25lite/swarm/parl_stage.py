@@ -34,7 +34,7 @@ def profile_recipes(profile: str) -> dict[str, ParlRecipe]:
 
     def shortened(recipe: ParlRecipe) -> ParlRecipe:
         if profile == "lite":
-            return replace(recipe, iterations=16, names=(10, 40))
+            return replace(recipe, iterations=12, names=(10, 40), window=192)
         if profile == "smoke":
             return replace(recipe, iterations=2, tasks=4, samples=2, names=(4, 12), demonstrations=32)
         return recipe
@@ -133,39 +133,37 @@ def profile_run(profile: str, name: str, seed: int, team: Record, alone: Record)
 
 
 def parl_stage(run: ParlRun) -> Path:
-    """The folder of a trained orchestrator: weights, log.json, evaluation.json and start.json, the same before training."""
+    """The folder of a trained orchestrator: weights, log.json and evaluation.json."""
 
     def build(folder: Path) -> None:
         model = LlamaForCausalLM.from_pretrained(start)
-        save(evaluate(model, run.simulator, run.seed, run.sizes, run.episodes), folder / "start.json")
         save(parl(model, run.simulator, run.recipe, run.seed, progress=False), folder / "log.json")
         save(evaluate(model, run.simulator, run.seed, run.sizes, run.episodes), folder / "evaluation.json")
         model.save_pretrained(folder)
 
     start = cold_start_stage(run)
-    config = {
-        "start": start.name,
-        "seed": run.seed,
-        "episodes": run.episodes,
-        "sizes": run.sizes,
-        "recipe": asdict(run.recipe),
-    }
-    return cached("parl", config, build)
+    return cached("parl", {"start": start.name, "seed": run.seed, "recipe": asdict(run.recipe)}, build)
 
 
 def cold_start_stage(run: ParlRun) -> Path:
-    """The folder of an orchestrator that has learnt from demonstrations only; arms that demonstrate alike share it."""
+    """The folder of an orchestrator that has learnt from demonstrations only; arms that demonstrate alike share it.
+
+    It holds weights, log.json and evaluation.json.
+    """
     recipe = run.recipe
+    simulator = Simulator(run.team, run.alone)  # a budget of its own is what an arm learns under, not what it is shown
 
     def build(folder: Path) -> None:
         model = make_orchestrator(run.seed)
-        losses = imitate(model, demonstrate(run.simulator, recipe, run.seed), recipe.start)
+        losses = imitate(model, demonstrate(simulator, recipe, run.seed), recipe.start)
         save(pd.DataFrame({"step": range(len(losses)), "loss": losses}), folder / "log.json")
+        save(evaluate(model, simulator, run.seed, run.sizes, run.episodes), folder / "evaluation.json")
         model.save_pretrained(folder)
 
-    demonstrated = {name: asdict(recipe)[name] for name in ("names", "budget", "serial", "demonstrations", "start")}
+    demonstrated = {name: asdict(recipe)[name] for name in ("names", "serial", "demonstrations", "start")}
     records = [_digest(record) for record in (run.team, run.alone)]
-    return cached("parl-start", {"seed": run.seed, "records": records, **demonstrated}, build)
+    evaluated = {"sizes": run.sizes, "episodes": run.episodes}
+    return cached("parl-start", {"seed": run.seed, "records": records, **demonstrated, **evaluated}, build)
 
 
 def save(rows: pd.DataFrame, path: Path) -> None:
