@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from k25lite.gameplay.detector import Detector, DetectorConfig
 from k25lite.gameplay.doom import MAPS
-from k25lite.gameplay.events import Event
-from k25lite.gameplay.footage import hide, read_all, read_chunks, read_events, shares
+from k25lite.gameplay.events import KINDS, Event
+from k25lite.gameplay.footage import CHUNK_SECONDS, FRAME_STEP, hide, read_all, read_chunks, read_events, shares
 from k25lite.gameplay.record import record
 from k25lite.gameplay.scoring import score, write_metrics
 from k25lite.gameplay.spans import Scored, choose_rules, find_spans
@@ -89,20 +89,34 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_recording(folder: Path, size: tuple[int, int]) -> list[Labelled]:
-    """The videos of a recording, in chunks; a kind that fills half a chunk is its target.
+    """The videos of a recording, in chunks, with what there is to see in each as its targets.
 
     Raises:
         ValueError: `folder` holds no finished recording.
     """
     entries = manifest(folder)["videos"]
-    events = read_events(folder / "events.jsonl")
+    events = read_events(folder / "events.jsonl", (*KINDS, "sight"))
     videos = []
     for entry in entries:
         mine = [event for event in events if event.video == entry["video"]]
         chunks = read_all(read_chunks(folder / entry["video"], size))
-        targets = (2 * shares(mine, chunks.times)).clip(max=1)
-        videos.append(Labelled(chunks.times, chunks.frames, targets, mine))
+        scored = [event for event in mine if event.kind in KINDS]
+        videos.append(Labelled(chunks.times, chunks.frames, _targets(mine, chunks.times), scored))
     return videos
+
+
+def _targets(events: Sequence[Event], times: np.ndarray) -> np.ndarray:
+    """[n, KINDS]: a kind that fills half a chunk is its target, but for two that are longer than they can be seen.
+
+    Of a boss it is the sight alone: behind the player's back it cannot be learnt, only the place where it happened can.
+    Of another map it is the change, in all chunks that show it.
+    """
+    seen = [replace(event, kind="boss") if event.kind == "sight" else event for event in events if event.kind != "boss"]
+    targets = (2 * shares(seen, times)).clip(max=1)
+    changes = np.array([event.start for event in events if event.kind == "level"])[:, None]
+    shown = (times - FRAME_STEP <= changes) & (changes < times + CHUNK_SECONDS + FRAME_STEP)
+    targets[:, KINDS.index("level")] = shown.any(0)
+    return targets
 
 
 def train(detector: Detector, videos: Sequence[Labelled], run: DetectorRun, progress: bool = True) -> pd.DataFrame:

@@ -18,13 +18,14 @@ death   The player is dead: until it respawns, the map changes or the video ends
 level   Another map begins: its first LEVEL_SECONDS, or all of a shorter stay. The map on which a video opens is no event,
         for nothing changes.
 
-NOTED are for reports and questions, and are not scored:
+NOTED are for reports, questions and training, and are not scored:
 
+sight       A living boss is in view of the living player, without a break: what there is to see of a boss event.
 kill        The game counts a kill of the player, or several: that one frame.
 low_health  The player lives with LOW_HEALTH or less: until it is better off or dead, or the map changes.
 
-Details: of boss and kill the classes of monsters (a kill out of sight has none), of pickup the classes of items in their
-order, of death and level the map.
+Details: of boss, sight and kill the classes of monsters (a kill out of sight has none), of pickup the classes of items in
+their order, of death and level the map.
 
 A death or another map ends a fight. What lies within a boss event is taken out of the fights, so that these two never
 overlap; other kinds may. Times are exact to one frame. The frame at `end` is the first that no longer belongs to the
@@ -39,7 +40,7 @@ from itertools import pairwise
 from math import ceil, inf
 
 KINDS = ("fight", "boss", "pickup", "death", "level")
-NOTED = ("kill", "low_health")
+NOTED = ("kill", "low_health", "sight")
 STATE = ("second", "map", "health", "armor", "ammo", "kills")  # ammo: for the weapon in hand; kills: in this video
 BOSSES = ("BaronOfHell", "Cyberdemon", "SpiderMastermind")  # 1,000, 4,000 and 3,000 hit points
 BOSS_AREA = 0.003  # of the picture: 58 of 160x120 pixels
@@ -115,6 +116,7 @@ def find_events(video: str, steps: Sequence[Step], fps: float) -> list[Event]:
         "pickup": _merge((i, i + PICKUP_SECONDS * fps) for i, step in enumerate(steps) if step.pickups),
         "death": _join((i for i, step in enumerate(steps) if not step.alive), 1, stretch),
         "level": [(i, min(i + LEVEL_SECONDS * fps, j)) for i, j in pairwise([*changes, len(steps)])],
+        "sight": _join(bosses, 1, stretch),
         "kill": [(i, i + 1) for i in kills],
         "low_health": _join(
             (i for i, step in enumerate(steps) if step.alive and step.health <= LOW_HEALTH), 1, stretch
@@ -146,7 +148,7 @@ def _detail(kind: str, steps: Sequence[Step]) -> str:
     names: Iterable[str] = ()
     if kind in ("death", "level"):
         names = [steps[0].map]
-    elif kind == "boss":
+    elif kind in ("boss", "sight"):
         names = dict.fromkeys(name for step in steps for name in step.bosses)
     elif kind == "pickup":
         names = [name for step in steps for name in step.pickups]

@@ -1,15 +1,16 @@
 """Footage as a detector sees it: chunks of four small frames, or key frames alone, and what happens in them.
 
-A chunk is about CHUNK_SECONDS of a video, whatever its frame rate, and shows what is on the screen at four moments
-FRAME_STEP apart: one before, two within and one after, so that a change between two chunks is seen by both. Key frames are
-the pictures that decode without any other, for a look over hours in seconds.
+A chunk is about CHUNK_SECONDS of a video, whatever its frame rate, and shows one picture of each of four steps of
+FRAME_STEP: one before, two within and one after, so that a change between two chunks is seen by both. The picture of a step
+is the one that changed most: what tells another map is a flash of a single frame. Key frames are the pictures that decode
+without any other, for a look over hours in seconds.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
@@ -27,6 +28,7 @@ FRAME_STEP = 16 / 35  # seconds: every fourth frame of a recording
 CHUNK_SECONDS = 2 * FRAME_STEP  # from one chunk to the next
 STATUS_BAR = 168 / 200  # of the height of the picture: where it begins
 MESSAGES = 0.2  # of the height of the picture: where the third of the game's messages ends
+THUMBNAIL = (16, 12)  # width and height in which pictures are compared
 ROUNDING = 2e-3  # seconds that a time stamp may be off: containers round them to milliseconds
 
 
@@ -49,7 +51,7 @@ def read_chunks(
     """The chunks that begin in [start, end) seconds, `batch` at a time, in constant memory.
 
     Chunk k begins at k * CHUNK_SECONDS wherever reading starts, so the parts of a video have the chunks of the whole.
-    Before a video begins its first picture stands still, and after it has ended the last that was taken.
+    Before a video begins its first picture stands still, and after it has ended the last that was chosen.
 
     Args:
         size: (height, width) in pixels to scale to, whatever the shape of the picture.
@@ -86,8 +88,8 @@ def read_all(chunks: Iterable[Chunks]) -> Chunks:
     return Chunks(np.concatenate([part.times for part in parts]), np.concatenate([part.frames for part in parts]))
 
 
-def read_events(path: str | PathLike) -> list[Event]:
-    """The events of a file events.jsonl that are of one of KINDS; further kinds are passed over.
+def read_events(path: str | PathLike, kinds: Collection[str] = KINDS) -> list[Event]:
+    """The events of a file events.jsonl that are of one of `kinds`; further kinds are passed over.
 
     Raises:
         ValueError: a line is no event; the message names file and line.
@@ -103,7 +105,7 @@ def read_events(path: str | PathLike) -> list[Event]:
                 raise ValueError(
                     f"{path}, line {number}: an event has video, start, end and kind ({error!r})"
                 ) from error
-            if event.kind in KINDS:
+            if event.kind in kinds:
                 events.append(event)
     return events
 
@@ -155,20 +157,43 @@ def _chunks(pictures: Iterator[np.ndarray], first: int, last: float, batch: int)
 
 
 def _moments(source: str | PathLike, size: tuple[int, int], first: int, last: float) -> Iterator[np.ndarray]:
-    """The picture on the screen at the times FRAME_STEP * first, FRAME_STEP * (first + 1) ... before `last`."""
-    scale = _Scaler(size)
-    number, shown = first, None
-    for time, frame in _decode(source, start=max(0.0, first * FRAME_STEP)):
+    """The picture of step `first`, of the next ... before `last`; step k begins at FRAME_STEP * k.
+
+    Of the pictures that appear in a step it is the one that differs most from those before and after it, for a flash may
+    last for a single frame; where none appears, or none differs, the one on the screen.
+    """
+    scale, difference = _Scaler(size), _Difference()
+    number, most = first, 0.0
+    shown = chosen = None
+    appeared, changed = -math.inf, 0.0  # of `shown`
+    for time, frame in _decode(source, start=max(0.0, first * FRAME_STEP - 2 * ROUNDING)):
+        changes = difference(frame) if frame else 0.0
         if shown is None:
             shown = frame  # before the first picture, that one
-        picture = None
-        while number < last and number * FRAME_STEP < time - ROUNDING:
-            picture = scale(shown) if picture is None else picture
-            yield picture
-            number += 1
+        if chosen is None or appeared < number * FRAME_STEP - ROUNDING:
+            chosen = shown
+        elif changed + changes > most:
+            chosen, most = shown, changed + changes
+        over = (number + 1) * FRAME_STEP - ROUNDING if frame else number * FRAME_STEP + ROUNDING
+        while number < last and over <= time:
+            yield scale(chosen)
+            number, over, chosen, most = number + 1, over + FRAME_STEP, shown, 0.0
         if number >= last:
             return
-        shown = frame
+        shown, appeared, changed = frame, time, changes
+
+
+class _Difference:
+    """How much each frame differs from the one before it, in a thumbnail, 0 to 255."""
+
+    def __init__(self) -> None:
+        self.reformatter, self.before = VideoReformatter(), None
+
+    def __call__(self, frame: av.VideoFrame) -> float:
+        small = self.reformatter.reformat(frame, *THUMBNAIL, format="gray", interpolation=Interpolation.AREA)
+        now, before = small.to_ndarray().astype(np.int16), self.before
+        self.before = now
+        return 0.0 if before is None else float(np.abs(now - before).mean())
 
 
 class _Scaler:

@@ -84,7 +84,6 @@ class Rollouts:
         return (self.written * torch.arange(1, self.written.shape[1] + 1)).amax(1)
 
 
-@torch.no_grad()
 def roll_out(
     model: PreTrainedModel,
     environment: Environment,
@@ -110,40 +109,43 @@ def roll_out(
     rows = list(range(len(tasks)))  # the episodes in the cache
     working = set(rows)
     tokens, cache = [IDS[TASK]] * len(rows), DynamicCache(config=model.config)
-    for _ in range(window - 1):
-        output = model(torch.tensor(tokens)[:, None], past_key_values=cache, use_cache=True)
-        scaled = (only_acts(output.logits[:, -1]) / (temperature or 1.0)).log_softmax(-1)
-        likely = scaled.exp()
-        drawn = torch.multinomial(likely, 1, generator=generator) if temperature else scaled.argmax(-1, keepdim=True)
-        surprise = scaled.gather(1, drawn).squeeze(1).tolist()
-        spread = torch.where(likely > 0, -likely * scaled, 0.0).sum(1).tolist()
-        tokens = drawn.squeeze(1).tolist()
-        steps: dict[int, Sequence[str]] = {}
-        for place, row in enumerate(rows):
-            if row not in working:
-                continue
-            is_act = not to_read[row]
-            if is_act:
-                acts[row].append(ACTS[tokens[place]])
-                entropies.append(spread[place])
-                if closes(acts[row]):
-                    steps[row], acts[row] = acts[row], []
-            else:
-                tokens[place] = to_read[row].pop()
-            ids[row].append(tokens[place])
-            written[row].append(is_act)
-            log_probs[row].append(surprise[place] if is_act else 0.0)
-        for row, observation in environment.step(steps).items() if steps else ():
-            if observation is None:
-                working.discard(row)
-            else:
-                to_read[row] = observation.ids(before[row])[::-1]
-                before[row] = observation
-        if not working:
-            break
-        if len(working) <= 0.8 * len(rows):
-            left = [place for place, row in enumerate(rows) if row in working]
-            rows, tokens = [rows[place] for place in left], [tokens[place] for place in left]
-            cache.batch_select_indices(torch.tensor(left))
+    with torch.inference_mode():
+        for _ in range(window - 1):
+            output = model(torch.tensor(tokens)[:, None], past_key_values=cache, use_cache=True)
+            scaled = (only_acts(output.logits[:, -1]) / (temperature or 1.0)).log_softmax(-1)
+            likely = scaled.exp()
+            drawn = (
+                torch.multinomial(likely, 1, generator=generator) if temperature else scaled.argmax(-1, keepdim=True)
+            )
+            surprise = scaled.gather(1, drawn).squeeze(1).tolist()
+            spread = torch.where(likely > 0, -likely * scaled, 0.0).sum(1).tolist()
+            tokens = drawn.squeeze(1).tolist()
+            steps: dict[int, Sequence[str]] = {}
+            for place, row in enumerate(rows):
+                if row not in working:
+                    continue
+                is_act = not to_read[row]
+                if is_act:
+                    acts[row].append(ACTS[tokens[place]])
+                    entropies.append(spread[place])
+                    if closes(acts[row]):
+                        steps[row], acts[row] = acts[row], []
+                else:
+                    tokens[place] = to_read[row].pop()
+                ids[row].append(tokens[place])
+                written[row].append(is_act)
+                log_probs[row].append(surprise[place] if is_act else 0.0)
+            for row, observation in environment.step(steps).items() if steps else ():
+                if observation is None:
+                    working.discard(row)
+                else:
+                    to_read[row] = observation.ids(before[row])[::-1]
+                    before[row] = observation
+            if not working:
+                break
+            if len(working) <= 0.8 * len(rows):
+                left = [place for place, row in enumerate(rows) if row in working]
+                rows, tokens = [rows[place] for place in left], [tokens[place] for place in left]
+                cache.batch_select_indices(torch.tensor(left))
     model.train(training)
     return Rollouts.of(ids, written, log_probs, sum(entropies) / max(len(entropies), 1))
