@@ -12,7 +12,8 @@ from k25lite.gameplay import detector_stage as stage
 from k25lite.gameplay.detector import Detector, DetectorConfig
 from k25lite.gameplay.detector_stage import RUNS, Labelled, detector_stage, read_recording, train
 from k25lite.gameplay.doom import MAPS
-from k25lite.gameplay.events import KINDS
+from k25lite.gameplay.events import KINDS, Event
+from k25lite.gameplay.footage import CHUNK_SECONDS, read_events
 from k25lite.gameplay.spans import SpanRule
 from k25lite.vision import MoonViT3DConfig
 
@@ -156,6 +157,31 @@ def test_a_recording_is_read_with_its_targets():
         inside = [any(e.start <= t and t + 0.9 <= e.end for e in deaths) for t in video.times]
         assert (video.targets[inside, KINDS.index("death")] > 0.99).all()
         assert video.targets[:, KINDS.index("death")].any() == bool(deaths)
+
+
+def test_of_a_boss_the_sight_is_learnt_and_of_another_map_the_change():
+    times = np.arange(20) * CHUNK_SECONDS  # chunk 10 is 9.14 to 10.06 s, and shows 8.69 to 10.51 s
+    events = [
+        Event("v", 2.0, 9.0, "boss"),
+        Event("v", times[3], times[4], "sight"),
+        Event("v", times[8], times[8] + CHUNK_SECONDS / 4, "sight"),
+        Event("v", 10.1, 12.1, "level"),
+        Event("v", times[15], times[17], "death"),
+    ]
+    targets = {kind: column.tolist() for kind, column in zip(KINDS, stage._targets(events, times).T, strict=True)}
+    assert targets["boss"] == pytest.approx([{3: 1.0, 8: 0.5}.get(i, 0.0) for i in range(20)], abs=1e-6)
+    assert targets["level"] == [float(i in (10, 11)) for i in range(20)]
+    assert targets["death"] == pytest.approx([float(i in (15, 16)) for i in range(20)], abs=1e-6)
+    assert not any(targets["fight"] + targets["pickup"])
+    assert not stage._targets([], times).any()
+
+
+def test_the_shipped_recording_has_sights_within_its_bosses():
+    sights, bosses = (read_events(SHIPPED / "events.jsonl", [kind]) for kind in ("sight", "boss"))
+    assert sights
+    for boss in bosses:
+        inside = [s for s in sights if s.video == boss.video and boss.start <= s.start and s.end <= boss.end]
+        assert (inside[0].start, max(s.end for s in inside)) == (boss.start, boss.end)
 
 
 def test_what_is_no_recording_is_said(tmp_path):

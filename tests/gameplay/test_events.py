@@ -68,13 +68,14 @@ def test_a_monster_of_the_map_before_does_not_make_a_fight():
 def test_boss_fight_takes_its_time_out_of_the_fights_around_it():
     steps = film(300, monster=range(300), boss=[*range(30, 41), *range(140, 146)], hit=[*range(10, 200, 10), 205])
     # from the first sight to the last, 9.9 s unseen in between; hits from 1.0 to 20.6 s would be one fight
-    assert found(steps) == [("fight", 1.0, 3.0), ("boss", 3.0, 14.6), ("fight", 14.6, 20.6)]
+    assert found(steps, *KINDS) == [("fight", 1.0, 3.0), ("boss", 3.0, 14.6), ("fight", 14.6, 20.6)]
+    assert found(steps, "sight") == [("sight", 3.0, 4.1), ("sight", 14.0, 14.6)]
 
 
 def test_boss_unseen_for_more_than_ten_seconds_is_a_new_event():
     steps = film(300, boss=[*range(30, 41), *range(141, 152)])
-    assert found(steps) == [("boss", 3.0, 4.1), ("boss", 14.1, 15.2)]
-    assert found(film(100, boss=range(30, 39))) == []  # 0.9 s
+    assert found(steps, "boss") == [("boss", 3.0, 4.1), ("boss", 14.1, 15.2)]
+    assert found(film(100, boss=range(30, 39))) == [("sight", 3.0, 3.9)]
 
 
 def test_death_and_a_new_map_end_a_fight():
@@ -134,6 +135,7 @@ def test_details_name_bosses_once_items_in_order_and_maps():
         ("fight", 0.0): None,
         ("pickup", 0.5): "Medikit, Clip, Clip, Shell",
         ("boss", 3.0): "Cyberdemon, BaronOfHell",
+        ("sight", 3.0): "Cyberdemon, BaronOfHell",
         ("death", 6.0): "A",
         ("pickup", 6.5): "RedCard",
         ("level", 8.0): "B",
@@ -216,10 +218,11 @@ def test_any_film_gives_sound_events(steps):
     }
     picked = [name for step in steps for name in step.pickups]
     assert ", ".join(e.detail for e in events if e.kind == "pickup") == ", ".join(picked)
-    assert all(event.detail for event in events if event.kind in ("boss", "pickup", "death", "level"))
+    assert all(event.detail for event in events if event.kind in ("boss", "sight", "pickup", "death", "level"))
     assert covered["low_health"] == [i for i, step in enumerate(steps) if step.alive and step.health <= 25]
     assert covered["kill"] == [i for i in range(1, len(steps)) if steps[i].kills > steps[i - 1].kills]
-    for kind in ("fight", "boss", "low_health"):
+    assert covered["sight"] == [i for i, step in enumerate(steps) if step.alive and step.bosses]
+    for kind in ("fight", "boss", "low_health", "sight"):
         for span in frames[kind]:
             assert all(steps[i].alive and steps[i].map == steps[span.start].map for i in span)
     assert all(len(span) >= FPS for span in frames["boss"])
