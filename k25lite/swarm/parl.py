@@ -54,7 +54,7 @@ class ParlRecipe:
     samples: int = 8
     names: tuple[int, int] = (10, 80)
     budget: Budget = PUBLISHED
-    parallel: float = 1.0
+    parallel: float = 2.0
     finish: float = 0.2
     annealed: float | None = 0.7
     full_team: int = 8

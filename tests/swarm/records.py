@@ -9,6 +9,7 @@ import numpy as np
 from k25lite.swarm import Reply, ScriptedPolicy, call
 from k25lite.swarm.policy import Message
 from k25lite.swarm.search import Found, Hit
+from k25lite.swarm.simulator import WideSearch
 from k25lite.swarm.subagent import SUB_LIMITS, row_of
 
 SUB_STEPS: int = SUB_LIMITS.steps
@@ -75,3 +76,11 @@ class Shelf:
 
     def read(self, title: str) -> str | None:
         return f"year 4 . {title} eats figs ." if title in self.names else None
+
+
+class Even(WideSearch):
+    """Eight names on every page, to reckon by hand."""
+
+    @property
+    def _found(self):
+        return np.arange(8, self.names + 8, 8).clip(max=self.names)

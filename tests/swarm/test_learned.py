@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from records import NAMES, QUERY, Shelf, Steady, steady_worker
+from records import NAMES, QUERY, Even, Shelf, Steady, steady_worker
 from scripts import of_kind
 
 from k25lite.swarm import Limits, Orchestrator, ScriptedPolicy, Trace, learned
@@ -14,7 +14,7 @@ from k25lite.swarm.learned import LearnedPolicy, Question, write_acts
 from k25lite.swarm.parl_language import ACTS, ANSWER, CLOSING, CREATE, END, READ, SEARCH, Dialogue, serial, swarm
 from k25lite.swarm.parl_rollout import WINDOW, make_orchestrator, roll_out
 from k25lite.swarm.search import tools
-from k25lite.swarm.simulator import Budget, Simulator, WideSearch
+from k25lite.swarm.simulator import Budget, Simulator
 from k25lite.swarm.subagent import SUB_LIMITS, table_of, work_prompt
 from k25lite.swarm.tables import parse_table
 from k25lite.world.library import Library
@@ -52,7 +52,7 @@ def live(decide, names, budget=100, each=2, **limits):
 
 def simulated(decide, names, budget=100, each=2, of="critical"):
     simulator = Simulator(Steady(each), Steady(each, limit=10**6), Budget(budget, of))
-    (observation,) = simulator.begin([WideSearch(names)])
+    (observation,) = simulator.begin([Even(names)])
     while observation is not None:
         observation = simulator.step({0: decide(observation)})[0]
     return simulator.outcomes()[0]
@@ -147,7 +147,7 @@ def test_a_conversation_is_read_as_it_was_written(monkeypatch):
         Orchestrator(policy, tools(Shelf(30)), sub_policy=steady_worker(), **given).run_sync(QUERY)
         last = dialogues[-1]
         simulator = Simulator(Steady(), Steady(limit=10**6))
-        repeated = Dialogue(simulator.begin([WideSearch(30)]), last.steps)
+        repeated = Dialogue(simulator.begin([Even(30)]), last.steps)
         repeated.observations += [simulator.step({0: acts})[0] for acts in last.steps]
         assert last.ids == repeated.ids
         steps += len(last.steps)
@@ -157,8 +157,8 @@ def test_a_conversation_is_read_as_it_was_written(monkeypatch):
 def test_the_model_writes_what_it_would_write_in_a_rollout():
     """At temperature 0, over a conversation read as a whole and not token by token."""
     model = make_orchestrator(4)
-    rollouts = roll_out(model, simulator := Simulator(Steady(), Steady()), [WideSearch(30)], temperature=0.0)
-    simulator.begin([WideSearch(30)])
+    rollouts = roll_out(model, simulator := Simulator(Steady(), Steady()), [Even(30)], temperature=0.0)
+    simulator.begin([Even(30)])
     observation, dialogue = simulator.episodes[0].observation(), Dialogue()
     while observation is not None and len(dialogue.ids) < int(rollouts.lengths[0]):
         dialogue.observations.append(observation)
@@ -172,7 +172,7 @@ def test_the_model_writes_what_it_would_write_in_a_rollout():
 
 
 def test_a_conversation_beyond_the_window_is_refused():
-    observations = Simulator(Steady(), Steady()).begin([WideSearch(3)]) * (WINDOW // 2)
+    observations = Simulator(Steady(), Steady()).begin([Even(3)]) * (WINDOW // 2)
     dialogue = Dialogue(observations, [(CREATE, END)] * (len(observations) - 1))
     with pytest.raises(ValueError, match="at most 512 tokens"):
         write_acts(make_orchestrator(0), dialogue)

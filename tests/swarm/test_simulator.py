@@ -1,13 +1,19 @@
 """The simulator of wide search: what is drawn from the record, what fails, what an answer is worth."""
 
+import asyncio
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import SUB_STEPS, Rotting, Steady
+from records import SUB_STEPS, Even, Rotting, Steady
 
+from k25lite.swarm.learned import Book, Question
 from k25lite.swarm.parl_language import ACTS, ANSWER, ASSIGN, CREATE, END, READ, SEARCH, serial, swarm
-from k25lite.swarm.simulator import NAMES_PER_PAGE, Budget, Outcome, Simulator, WideSearch
+from k25lite.swarm.parl_live_stage import library
+from k25lite.swarm.search import SearchEngine, tools
+from k25lite.swarm.simulator import Budget, Outcome, Simulator, WideSearch
+from k25lite.world.wide_tasks import make_tasks
 
 ALONE = Steady(limit=10**6)
 TEAM_OF_TWO = (CREATE, CREATE, "assign:4", "assign:4", END)
@@ -16,7 +22,7 @@ TEAM_OF_TWO = (CREATE, CREATE, "assign:4", "assign:4", END)
 def played(steps, names=16, team=None, alone=ALONE, budget=100, of="critical"):
     """The outcome of these steps, and the last observation."""
     simulator = Simulator(team or Steady(), alone, Budget(budget, of))
-    (observation,) = simulator.begin([WideSearch(names)])
+    (observation,) = simulator.begin([Even(names)])
     for acts in steps:
         observation = simulator.step({0: acts})[0]
     return simulator.outcomes()[0], observation
@@ -116,13 +122,30 @@ def test_how_long_reading_takes_is_told_by_those_who_finished():
     assert rates.count(1.0) <= 10, "where nobody of four finished"
 
 
-@given(st.integers(1, 300))
-def test_all_names_are_found_on_all_pages(names):
-    task = WideSearch(names)
+@given(st.integers(1, 300), st.integers(0, 2**62))
+def test_all_names_are_found_on_all_pages(names, seed):
+    task = WideSearch(names, seed)
     found = [task.found(page) for page in range(task.pages + 1)]
+    assert found == [WideSearch(names, seed).found(page) for page in range(task.pages + 1)]
     assert found[0] == 0
     assert found[-1] == names
-    assert 0 < min(np.diff(found)) <= max(np.diff(found)) <= NAMES_PER_PAGE
+    assert found[-2] < names
+    assert min(np.diff(found)) >= 0
+
+
+def test_pages_bring_as_many_names_as_those_of_a_real_library():
+    of = library(600_006)
+    search = tools(SearchEngine(of.documents))[0]
+    real = []
+    for task in make_tasks(of, "train", 6, (40, 80)):
+        book = Book(Question.read(task.query), Budget(), 1.0)
+        while book.more:
+            known = len(book.seen)
+            book._search(asyncio.run(search(book.question.query, book.page)))
+            real.append(len(book.seen) - known)
+    simulated = [n for seed in range(100) for n in np.diff([WideSearch(60, seed).found(p) for p in range(6)])]
+    assert np.mean(simulated) == pytest.approx(np.mean(real), abs=1.5)
+    assert np.std(simulated) == pytest.approx(np.std(real), abs=1.5)
 
 
 STEPS = st.lists(st.lists(st.sampled_from(ACTS), min_size=1, max_size=20), max_size=40)
