@@ -84,8 +84,11 @@ def decode(path: Path, keyframes: bool = False) -> int:
 
 
 def ours(video: Video, size: Size) -> Iterator[np.ndarray]:
-    """The two moments within each chunk; those before and after belong to its neighbours. A last one may be made up."""
-    for chunks in read_chunks(video.path, size):
+    """The two moments within each chunk; those before and after belong to its neighbours. A last one may be made up.
+
+    Peers know nothing of pictures that changed: both take the one on the screen.
+    """
+    for chunks in read_chunks(video.path, size, changed=False):
         yield chunks.frames[:, 1:3].reshape(-1, *chunks.frames.shape[2:])
 
 

@@ -46,7 +46,13 @@ class Chunks:
 
 
 def read_chunks(
-    source: str | PathLike, size: tuple[int, int], *, start: float = 0.0, end: float = math.inf, batch: int = 256
+    source: str | PathLike,
+    size: tuple[int, int],
+    *,
+    start: float = 0.0,
+    end: float = math.inf,
+    batch: int = 256,
+    changed: bool = True,
 ) -> Iterator[Chunks]:
     """The chunks that begin in [start, end) seconds, `batch` at a time, in constant memory.
 
@@ -55,6 +61,7 @@ def read_chunks(
 
     Args:
         size: (height, width) in pixels to scale to, whatever the shape of the picture.
+        changed: take the picture of a step that changed most; else the one on the screen when it begins.
 
     Raises:
         ValueError: `start` is negative or not before `end`, or `batch` is not positive.
@@ -64,7 +71,7 @@ def read_chunks(
         raise ValueError(f"read_chunks needs 0 <= start < end and batch > 0, got {start}, {end} and {batch}")
     first = math.ceil((start - ROUNDING) / CHUNK_SECONDS)
     last = math.inf if end == math.inf else math.ceil((end - ROUNDING) / CHUNK_SECONDS)
-    return _chunks(_moments(source, size, 2 * first - 1, 2 * last + 1), first, last, batch)
+    return _chunks(_moments(source, size, 2 * first - 1, 2 * last + 1, changed), first, last, batch)
 
 
 def read_keyframes(source: str | PathLike, size: tuple[int, int], *, batch: int = 256) -> Iterator[Chunks]:
@@ -156,7 +163,9 @@ def _chunks(pictures: Iterator[np.ndarray], first: int, last: float, batch: int)
         first, window = first + count, window[2 * count :]
 
 
-def _moments(source: str | PathLike, size: tuple[int, int], first: int, last: float) -> Iterator[np.ndarray]:
+def _moments(
+    source: str | PathLike, size: tuple[int, int], first: int, last: float, changed: bool
+) -> Iterator[np.ndarray]:
     """The picture of step `first`, of the next ... before `last`; step k begins at FRAME_STEP * k.
 
     Of the pictures that appear in a step it is the one that differs most from those before and after it, for a flash may
@@ -165,22 +174,23 @@ def _moments(source: str | PathLike, size: tuple[int, int], first: int, last: fl
     scale, difference = _Scaler(size), _Difference()
     number, most = first, 0.0
     shown = chosen = None
-    appeared, changed = -math.inf, 0.0  # of `shown`
+    appeared, before = -math.inf, 0.0  # of `shown`: when, and how much it differs from the one before
     for time, frame in _decode(source, start=max(0.0, first * FRAME_STEP - 2 * ROUNDING)):
-        changes = difference(frame) if frame else 0.0
+        after = difference(frame) if changed and frame else 0.0
         if shown is None:
             shown = frame  # before the first picture, that one
-        if chosen is None or appeared < number * FRAME_STEP - ROUNDING:
+        begins = number * FRAME_STEP
+        if chosen is None or appeared < begins - ROUNDING:
             chosen = shown
-        elif changed + changes > most:
-            chosen, most = shown, changed + changes
+        elif appeared <= begins + ROUNDING or before + after > most:
+            chosen, most = shown, before + after
         over = (number + 1) * FRAME_STEP - ROUNDING if frame else number * FRAME_STEP + ROUNDING
         while number < last and over <= time:
             yield scale(chosen)
             number, over, chosen, most = number + 1, over + FRAME_STEP, shown, 0.0
         if number >= last:
             return
-        shown, appeared, changed = frame, time, changes
+        shown, appeared, before = frame, time, after
 
 
 class _Difference:

@@ -128,6 +128,13 @@ def test_parts_have_the_chunks_of_the_whole(whole, cuts, batch):
     assert np.array_equal(np.concatenate([part.frames for part in parts]), whole.frames)
 
 
+def test_frames_of_a_recording_are_every_fourth_if_changes_do_not_count():
+    frames = read_all(read_chunks(VIDEO, SIZE, changed=False)).frames
+    with av.open(str(VIDEO)) as container:
+        shown = [frame.to_ndarray(format="rgb24", width=32, height=24) for frame in container.decode(video=0)]
+    assert np.abs(frames[5].astype(int) - np.stack(shown[36:49:4])).mean() < 3  # scaled another way
+
+
 def test_key_frames_are_those_that_the_file_marks():
     with av.open(str(VIDEO)) as container:
         marked = [float(frame.time) for frame in container.decode(video=0) if frame.key_frame]

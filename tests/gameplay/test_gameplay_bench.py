@@ -119,7 +119,7 @@ def test_a_missing_picture_is_refused_before_anything_is_timed(videos, monkeypat
 
 
 def test_a_missing_chunk_of_ours_is_refused_before_anything_is_timed(videos, monkeypatch, untimed):
-    monkeypatch.setattr(bench_readers, "read_chunks", lambda path, size: read_all_but_one(path, size))
+    monkeypatch.setattr(bench_readers, "read_chunks", lambda path, size, changed: read_all_but_one(path, size))
     with pytest.raises(Disagreement, match=r"k25lite takes 22 pictures of gameplay_0000\.mp4, not 24; not timed"):
         bench.decoding(Report("a device"), videos, SIZE)
 
@@ -127,7 +127,7 @@ def test_a_missing_chunk_of_ours_is_refused_before_anything_is_timed(videos, mon
 def read_all_but_one(path, size):
     from k25lite.gameplay.footage import read_chunks
 
-    yield from list(read_chunks(path, size, batch=1))[:-1]
+    yield from list(read_chunks(path, size, batch=1, changed=False))[:-1]
 
 
 def test_pictures_of_other_moments_are_refused_before_anything_is_timed(videos, monkeypatch, untimed):
