@@ -197,7 +197,8 @@ class _Difference:
     """How much each frame differs from the one before it, in a thumbnail, 0 to 255."""
 
     def __init__(self) -> None:
-        self.reformatter, self.before = VideoReformatter(), None
+        self.reformatter = VideoReformatter()
+        self.before: np.ndarray | None = None
 
     def __call__(self, frame: av.VideoFrame) -> float:
         small = self.reformatter.reformat(frame, *THUMBNAIL, format="gray", interpolation=Interpolation.AREA)
