@@ -39,8 +39,13 @@ def side_by_side(
         Whatever a run raised first, once the runs that have not begun are cancelled.
     """
     cores = os.cpu_count() or 1
-    pool = _pool(workers or (min(GPU_WORKERS, cores) if torch.cuda.is_available() else cores))
-    futures = [pool.submit(_run, run, job, dict(os.environ), os.getcwd()) for job in jobs]
+    workers = workers or (min(GPU_WORKERS, cores) if torch.cuda.is_available() else cores)
+    given = dict(os.environ), os.getcwd()
+    try:
+        futures = [_pool(workers).submit(_run, run, job, *given) for job in jobs]
+    except BrokenProcessPool:  # a process was killed since the last call
+        _pool.cache_clear()
+        futures = [_pool(workers).submit(_run, run, job, *given) for job in jobs]
     try:
         for done in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not progress):
             done.result()

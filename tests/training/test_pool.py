@@ -68,6 +68,14 @@ def test_a_killed_process_is_an_error_and_the_next_call_has_new_ones():
     assert run(fail, [1, 2]) == [1, 2]
 
 
+def test_a_process_killed_between_two_calls_is_no_matter():
+    ((pid, *_),) = run(where, [1])
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs([p for p in psutil.Process().children() if p.pid == pid], timeout=10)
+    time.sleep(0.5)  # until the pool has noticed
+    assert run(fail, [1, 2]) == [1, 2]
+
+
 def test_no_process_outlives_a_killed_parent(tmp_path):
     program = "from k25lite.training.pool import side_by_side\nimport time\nif __name__ == '__main__':\n"
     program += (
