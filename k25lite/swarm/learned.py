@@ -161,7 +161,7 @@ class Book:
         steps = [*map(self._come_back, assigned, came_back)]
         self.spent += sum(steps) if self.budget.of == "total" else max(steps, default=0)
         if acts[-1] == SEARCH:
-            self._search(contents[-1])
+            self.search(contents[-1])
         if acts[-1] == READ and self.left:
             self.own.append(self.left.popleft())
             self.last_began, self.lookups, self.is_reading = len(self.reading), 0, True
@@ -192,7 +192,8 @@ class Book:
         expected = 1 + round(self.steps_of_a_name * len(names))
         return SUB_STEPS if failed else min(SUB_STEPS, expected)
 
-    def _search(self, hits: str) -> None:
+    def search(self, hits: str) -> None:
+        """A page of hits."""
         new = [name for name in dict.fromkeys(self.question.names(hits)) if name not in self.seen]
         self.seen.update(new)
         self.left.extend(new)

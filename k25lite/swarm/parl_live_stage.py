@@ -6,6 +6,7 @@ draws from what the frozen sub-agent was seen to do, and moves to the sub-agent 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ import pandas as pd
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from k25lite.swarm.calibration import Calibration
+from k25lite.swarm.learned import Book, Question
 from k25lite.swarm.parl import FULL, ParlRecipe, parl
 from k25lite.swarm.parl_language import Script
 from k25lite.swarm.parl_live import LiveEnvironment
@@ -36,6 +38,21 @@ LIVE = replace(FULL, iterations=6, tasks=4, samples=4, names=(10, 40), parallel=
 def library(seed: int) -> Library:
     """Of eight hundred people, in whose facts there are tables of 10 to more than 100 rows."""
     return wide_library(seed, PEOPLE)
+
+
+def names_by_page(of: Library, task: Task) -> list[int]:
+    """How many new names each page of hits brings to an orchestrator that searches to the end."""
+
+    async def search_on() -> list[int]:
+        search = tools(SearchEngine(of.documents))[0]
+        book, brought = Book(Question.read(task.query), PUBLISHED, 1.0), list[int]()
+        while book.more:
+            known = len(book.seen)
+            book.search(await search(book.question.query, book.page))
+            brought.append(len(book.seen) - known)
+        return brought
+
+    return asyncio.run(search_on())
 
 
 def calibrations(subagent: Path) -> tuple[Calibration, Calibration]:

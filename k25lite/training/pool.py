@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from typing import TypeVar
@@ -39,13 +39,16 @@ def side_by_side(
         Whatever a run raised first, once the runs that have not begun are cancelled.
     """
     cores = os.cpu_count() or 1
-    workers = workers or (min(GPU_WORKERS, cores) if torch.cuda.is_available() else cores)
-    given = dict(os.environ), os.getcwd()
+    count = workers or (min(GPU_WORKERS, cores) if torch.cuda.is_available() else cores)
+
+    def submit() -> list[Future[Outcome]]:
+        return [_pool(count).submit(_run, run, job, dict(os.environ), os.getcwd()) for job in jobs]
+
     try:
-        futures = [_pool(workers).submit(_run, run, job, *given) for job in jobs]
+        futures = submit()
     except BrokenProcessPool:  # a process was killed since the last call
         _pool.cache_clear()
-        futures = [_pool(workers).submit(_run, run, job, *given) for job in jobs]
+        futures = submit()
     try:
         for done in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not progress):
             done.result()

@@ -1,6 +1,6 @@
 """The simulator of wide search: what is drawn from the record, what fails, what an answer is worth."""
 
-import asyncio
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import SUB_STEPS, Even, Rotting, Steady
 
-from k25lite.swarm.learned import Book, Question
 from k25lite.swarm.parl_language import ACTS, ANSWER, ASSIGN, CREATE, END, READ, SEARCH, serial, swarm
-from k25lite.swarm.parl_live_stage import library
-from k25lite.swarm.search import SearchEngine, tools
-from k25lite.swarm.simulator import Budget, Outcome, Simulator, WideSearch
+from k25lite.swarm.parl_live_stage import library, names_by_page
+from k25lite.swarm.simulator import PAGES, Budget, Outcome, Simulator, WideSearch
 from k25lite.world.wide_tasks import make_tasks
 
 ALONE = Steady(limit=10**6)
@@ -135,17 +133,22 @@ def test_all_names_are_found_on_all_pages(names, seed):
 
 def test_pages_bring_as_many_names_as_those_of_a_real_library():
     of = library(600_006)
-    search = tools(SearchEngine(of.documents))[0]
-    real = []
-    for task in make_tasks(of, "train", 6, (40, 80)):
-        book = Book(Question.read(task.query), Budget(), 1.0)
-        while book.more:
-            known = len(book.seen)
-            book._search(asyncio.run(search(book.question.query, book.page)))
-            real.append(len(book.seen) - known)
+    real = [n for task in make_tasks(of, "train", 6, (40, 80)) for n in names_by_page(of, task)[:-1]]
     simulated = [n for seed in range(100) for n in np.diff([WideSearch(60, seed).found(p) for p in range(6)])]
     assert np.mean(simulated) == pytest.approx(np.mean(real), abs=1.5)
     assert np.std(simulated) == pytest.approx(np.std(real), abs=1.5)
+
+
+def test_the_pages_were_counted():
+    counts = np.zeros(len(PAGES))
+    for seed in range(600_000, 600_006):
+        of, tasks = library(seed), []
+        for rows in ((10, 20), (20, 40), (40, 80), (80, 200)):
+            with suppress(ValueError):  # one has no four tasks as long as the last
+                tasks += make_tasks(of, "train", 4, rows)
+        for task in tasks:
+            counts += np.bincount(names_by_page(of, task)[:-1], minlength=len(PAGES))
+    assert counts.tolist() == PAGES.tolist()
 
 
 STEPS = st.lists(st.lists(st.sampled_from(ACTS), min_size=1, max_size=20), max_size=40)
