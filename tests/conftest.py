@@ -1,5 +1,6 @@
 """Fixtures that more than one room of the test suite uses."""
 
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from playwright.sync_api import Page, sync_playwright
+
+# Side by side (`make test`), every process of tests, and what it starts, computes on one core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Timings are no subject of tests, and a busy machine is no failure.
 settings.register_profile("k25lite", deadline=None)
