@@ -38,6 +38,7 @@ from k25lite.swarm.trace import read_trace
 
 RIGHT, WRONG, MISSED = 1, 2, 3  # 0: nobody knows
 HEALTH_POINTS = 500  # drawn of one video
+SWARM_TEXTS = 400_000  # characters on the page of the run: the events that agents told of stand in the report itself
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def build(
     text = f"const DATA = {encode(data)};\n".replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     write_whole(folder / "data.js", text.encode("utf-8", "replace").decode())
     write_whole(folder / "plotly.min.js", get_plotlyjs())
-    timeline(trace, folder / "swarm.html")
+    timeline(trace, folder / "swarm.html", characters=SWARM_TEXTS)
     sections = [
         {"video": video, "events": len(of_video[video.name]), "story": tell(of_video[video.name], video.seconds)}
         | {"watched": outcome.watched.get(video.name, 0.0), "problems": problems.get(video.name, [])}

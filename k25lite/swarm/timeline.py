@@ -20,14 +20,15 @@ from k25lite.swarm.critical import Assignment, Summary, critical_path, summarise
 from k25lite.swarm.tools import cut
 from k25lite.swarm.trace import Event, encode, read_trace
 
-LONGEST_TEXT, LARGEST_PAGE = 24_000, 64_000_000  # characters: an observation was cut before; a browser reads all of it
+LONGEST_TEXT, ALL_TEXTS = 24_000, 64_000_000  # characters: an observation was cut before; a browser reads all of them
 
 
-def timeline(events: Iterable[Event] | str | os.PathLike[str], out: Path) -> Path:
+def timeline(events: Iterable[Event] | str | os.PathLike[str], out: Path, *, characters: int = ALL_TEXTS) -> Path:
     """Write the page of a run, ended or still going, to `out`, and return `out`.
 
     Args:
         events: the events of a trace, or its path.
+        characters: of all that was written, at most; the longest texts are cut as far as that takes, to 100 at the most.
 
     Raises:
         FileNotFoundError: no such trace. ValueError: it is none, or it is empty.
@@ -39,7 +40,7 @@ def timeline(events: Iterable[Event] | str | os.PathLike[str], out: Path) -> Pat
     agents = _agents(known, summary, numbers)
     resumed = [event["t"] for event in known if event["event"] == "resume"]
     wall = max(event["t"] for event in known)  # not that of the last: a worker tells what it did when it is done
-    island = _as_island({"wall": wall, "resumed": resumed, "agents": agents, "texts": _shortened([*numbers])})
+    island = _as_island({"wall": wall, "resumed": resumed, "agents": agents, "texts": _shortened([*numbers], characters)})
     environment = Environment(loader=PackageLoader("k25lite.swarm", "."), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("timeline.html.j2").render(
         summary=summary,
@@ -53,10 +54,9 @@ def timeline(events: Iterable[Event] | str | os.PathLike[str], out: Path) -> Pat
     return write_whole(Path(out), page.encode("utf-8", "replace").decode())
 
 
-def _shortened(texts: list[str]) -> list[str]:
-    """All of them, the longest cut as far as the page needs."""
+def _shortened(texts: list[str], characters: int) -> list[str]:
     longest = LONGEST_TEXT
-    while longest > 100 and sum(min(len(text), longest) for text in texts) > LARGEST_PAGE:
+    while longest > 100 and sum(min(len(text), longest) for text in texts) > characters:
         longest //= 2
     return [cut(text, longest) for text in texts]
 

@@ -357,13 +357,10 @@ def test_half_a_surrogate_pair_does_not_keep_the_page_from_being_written(tmp_pat
     assert "half ?" in timeline(events, tmp_path / "timeline.html").read_text()
 
 
-def test_texts_are_cut_only_as_far_as_the_page_needs(monkeypatch):
+def test_texts_are_cut_only_as_far_as_the_page_needs():
     texts = ["short", "x" * 30_000]
-    assert module._shortened(texts) == ["short", "x" * 24_000 + " [6,000 characters left out]"]
-    monkeypatch.setattr(module, "LARGEST_PAGE", 10_000)
-    short, long = module._shortened(texts)
-    assert short == "short"
-    assert long == "x" * 6_000 + " [24,000 characters left out]"
+    assert module._shortened(texts, module.ALL_TEXTS) == ["short", "x" * 24_000 + " [6,000 characters left out]"]
+    assert module._shortened(texts, 10_000) == ["short", "x" * 6_000 + " [24,000 characters left out]"]
 
 
 def test_what_is_no_run_is_refused(tmp_path):
