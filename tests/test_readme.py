@@ -24,5 +24,24 @@ def test_the_benchmark_table_is_the_committed_benchmark():
 
 def test_every_listed_file_and_link_exists():
     readme = (ROOT / "README.md").read_text()
-    for link in re.findall(r"\]\(([^)#]+)\)", readme):
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", readme):
         assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_table_of_results_is_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    row = r'^\|[^|]+\|[^|]+\| ([^|]*) \| ([^|]*) \|[^|]*\| \[([\w ]+)\]\((results/[\w.]+) "([^"]+)"\) \|$'
+    rows = re.findall(row, readme, flags=re.MULTILINE)
+    assert len(rows) >= 15
+    verdicts = {True: "holds", False: "fails", None: "not established"}
+    for ours, interval, verdict, file, name in rows:
+        (claim,) = (each for each in json.loads((ROOT / file).read_text())["claims"] if each["name"] == name)
+        *sides, difference = claim["ours"].values()
+        assert ours == ", ".join(map(short, sides)), name
+        assert interval == f"{short(difference)} [{', '.join(map(short, claim['ci95']))}]", name
+        assert verdict == verdicts[claim["holds"]], name
+
+
+def short(number):
+    """As it is written in the table: two digits."""
+    return f"{number:.0f}" if abs(number) >= 10 else f"{number:.1f}" if abs(number) >= 1 else f"{number:.2f}"
