@@ -2,13 +2,15 @@
 
 Eight maps are for tests, four for choosing the rules that make events of probabilities, twenty for training. A step sees
 chunks and single pictures of other chunks, mirrored or not, some without status bar or messages, so that the detector does
-not live on these alone. Not covered: hard examples, other games.
+not live on these alone. Recordings are of several widths, for the game writes its messages smaller on larger pictures. Not
+covered: hard examples, other games.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,10 +30,11 @@ from k25lite.gameplay.footage import CHUNK_SECONDS, FRAME_STEP, hide, read_all, 
 from k25lite.gameplay.record import record
 from k25lite.gameplay.scoring import score, write_metrics
 from k25lite.gameplay.spans import Scored, choose_rules, find_spans
-from k25lite.training.cache import cached
+from k25lite.training.cache import PACKAGE, cached
 from k25lite.training.muonclip import MuonClip
 from k25lite.training.vit import mixed_precision, warmup_stable_decay
 
+SHIPPED = PACKAGE.parent / "data" / "detector"  # as the run of `lite` left it
 TEST_MAPS = MAPS[3::4]
 VALIDATION_MAPS = MAPS[2::8]
 TRAINING_MAPS = tuple(sorted(set(MAPS) - {*TEST_MAPS, *VALIDATION_MAPS}))
@@ -47,6 +50,7 @@ class DetectorRun:
     Attributes:
         videos, minutes: of the recording to train on, together.
         validation_videos, validation_minutes: of that to choose the rules with.
+        widths: in pixels, of the first video, the second, ... and over again.
         steps: of the optimiser, each on `chunks` chunks and `images` pictures.
         learning_rate: of MuonClip, at its peak.
     """
@@ -55,6 +59,7 @@ class DetectorRun:
     minutes: float = 100.0
     validation_videos: int = 6
     validation_minutes: float = 24.0
+    widths: tuple[int, ...] = (160, 160, 320, 640)
     steps: int = 1600
     chunks: int = 16
     images: int = 16
@@ -173,6 +178,8 @@ def found_events(detector: Detector, video: str, times: np.ndarray, probabilitie
 def detector_stage(run: DetectorRun, footage: tuple[Path, Path] | None = None, progress: bool = False) -> Path:
     """The folder of a trained `Detector`; beside it log.json and, for the validation footage, metrics.json.
 
+    The detector of `lite` and `full` is shipped, for it takes some ten minutes; with another `seed` it is trained anew.
+
     Args:
         footage: recordings to train on and to choose the rules with; by default they are made on maps of their own, and
             removed afterwards.
@@ -185,9 +192,9 @@ def detector_stage(run: DetectorRun, footage: tuple[Path, Path] | None = None, p
         torch.manual_seed(run.seed)
         detector = Detector(DetectorConfig()).to("cuda" if torch.cuda.is_available() else "cpu")
         with tempfile.TemporaryDirectory() as made:
-            training, validation = footage or _record(Path(made), run, progress)
-            log = train(detector, read_recording(training, detector.size), run, progress)
-            videos = read_recording(validation, detector.size)
+            training, validation = [[each] for each in footage] if footage else _record(Path(made), run, progress)
+            log = train(detector, [v for each in training for v in read_recording(each, detector.size)], run, progress)
+            videos = [video for each in validation for video in read_recording(each, detector.size)]
         seen = [Scored(v.times, detector.probabilities(v.frames), v.events) for v in videos]
         detector.config.rules = {kind: asdict(rule) for kind, rule in choose_rules(seen).items()}
         found = [e for n, v in enumerate(seen) for e in found_events(detector, f"{n}", v.times, v.probabilities)]
@@ -196,24 +203,30 @@ def detector_stage(run: DetectorRun, footage: tuple[Path, Path] | None = None, p
         log.to_json(folder / "log.json", orient="records")
         detector.save_pretrained(folder)
 
-    config: dict[str, Any] = asdict(run)
+    config: dict[str, Any] = asdict(run) | {"widths": list(run.widths)}
+    if footage is None and SHIPPED.is_dir() and json.loads((SHIPPED / "stage.json").read_text())["config"] == config:
+        return SHIPPED
     if footage:
         config["footage"] = [[video["sha256"] for video in manifest(folder)["videos"]] for folder in footage]
     return cached("detector", config, build)
 
 
-def _record(folder: Path, run: DetectorRun, progress: bool) -> tuple[Path, Path]:
+def _record(folder: Path, run: DetectorRun, progress: bool) -> list[list[Path]]:
+    """Recordings to train on, and to choose the rules with: one for each width."""
     sizes = ((run.videos, run.minutes, TRAINING_MAPS), (run.validation_videos, run.validation_minutes, VALIDATION_MAPS))
-    made = [
-        record(
-            folder / str(number),
-            videos=videos,
-            minutes=minutes,
-            maps=maps,
-            seed=FIRST_SEED + 2 * run.seed + number,
-            map_seconds=MAP_SECONDS,
-            progress=progress,
-        ).parent
-        for number, (videos, minutes, maps) in enumerate(sizes)
-    ]
-    return made[0], made[1]
+    made: list[list[Path]] = [[], []]
+    for number, (videos, minutes, maps) in enumerate(sizes):
+        counts = Counter(run.widths[video % len(run.widths)] for video in range(videos))
+        for place, (width, count) in enumerate(counts.items()):
+            recording = record(
+                folder / f"{number}-{width}",
+                videos=count,
+                minutes=minutes * count / videos,
+                maps=maps,
+                seed=FIRST_SEED + 2 * run.seed + number + 1000 * place,  # other games for each width
+                width=width,
+                map_seconds=MAP_SECONDS,
+                progress=progress,
+            )
+            made[number].append(recording.parent)
+    return made

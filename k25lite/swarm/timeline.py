@@ -40,7 +40,9 @@ def timeline(events: Iterable[Event] | str | os.PathLike[str], out: Path, *, cha
     agents = _agents(known, summary, numbers)
     resumed = [event["t"] for event in known if event["event"] == "resume"]
     wall = max(event["t"] for event in known)  # not that of the last: a worker tells what it did when it is done
-    island = _as_island({"wall": wall, "resumed": resumed, "agents": agents, "texts": _shortened([*numbers], characters)})
+    island = _as_island(
+        {"wall": wall, "resumed": resumed, "agents": agents, "texts": _shortened([*numbers], characters)}
+    )
     environment = Environment(loader=PackageLoader("k25lite.swarm", "."), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("timeline.html.j2").render(
         summary=summary,

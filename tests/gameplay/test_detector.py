@@ -10,10 +10,11 @@ import torch
 
 from k25lite.gameplay import detector_stage as stage
 from k25lite.gameplay.detector import Detector, DetectorConfig
-from k25lite.gameplay.detector_stage import RUNS, Labelled, detector_stage, read_recording, train
+from k25lite.gameplay.detector_stage import RUNS, Labelled, detector_stage, found_events, read_recording, train
 from k25lite.gameplay.doom import MAPS
 from k25lite.gameplay.events import KINDS, Event
 from k25lite.gameplay.footage import CHUNK_SECONDS, read_events
+from k25lite.gameplay.scoring import score
 from k25lite.gameplay.spans import SpanRule
 from k25lite.vision import MoonViT3DConfig
 
@@ -207,6 +208,33 @@ def test_a_stage_on_given_footage_is_kept(stages):
     assert detector_stage(run, footage=(SHIPPED, SHIPPED)) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert detector_stage(replace(run, seed=1), footage=(SHIPPED, SHIPPED)) != folder
+
+
+def test_the_shipped_detector_is_that_of_lite_and_knows_what_happens_in_shipped_footage(stages):
+    folder = detector_stage(RUNS["lite"])
+    assert folder == stage.SHIPPED
+    assert not stages.exists()
+    detector = Detector.from_pretrained(folder).eval()
+    true, found = [], []
+    for video in read_recording(SHIPPED, detector.size):
+        true += video.events
+        found += found_events(detector, video.events[0].video, video.times, detector.probabilities(video.frames))
+    assert score(true, found)["macro_f1"] > 0.7
+
+
+def test_videos_are_dealt_out_among_the_widths(monkeypatch, tmp_path):
+    made = []
+
+    def record(out, *, videos, minutes, seed, width, **options):
+        made.append((videos, minutes, seed, width))
+        return out / "manifest.json"
+
+    monkeypatch.setattr(stage, "record", record)
+    run = stage.DetectorRun(videos=5, minutes=10.0, validation_videos=1, validation_minutes=3.0, widths=(160, 320))
+    training, validation = stage._record(tmp_path, run, False)
+    assert [(videos, minutes, width) for videos, minutes, _, width in made] == [(3, 6, 160), (2, 4, 320), (1, 3, 160)]
+    assert len({seed for _, _, seed, _ in made}) == 3
+    assert (len(training), len(validation)) == (2, 1)
 
 
 @needs_game
