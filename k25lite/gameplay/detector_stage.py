@@ -178,7 +178,7 @@ def found_events(detector: Detector, video: str, times: np.ndarray, probabilitie
 def detector_stage(run: DetectorRun, footage: tuple[Path, Path] | None = None, progress: bool = False) -> Path:
     """The folder of a trained `Detector`; beside it log.json and, for the validation footage, metrics.json.
 
-    The detector of `lite` and `full` is shipped, for it takes some ten minutes; with another `seed` it is trained anew.
+    The detector of `lite` and `full` is shipped, for it takes a quarter of an hour; with another `seed` it is trained anew.
 
     Args:
         footage: recordings to train on and to choose the rules with; by default they are made on maps of their own, and
