@@ -24,9 +24,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 reproduce: setup  ## run every notebook (PROFILE=lite) and build the scorecard
 	$(BIN)/k25lite reproduce --profile $(PROFILE)
 
-# A file of tests stays in one process: its tests share what is slow to make.
+# A file of tests stays in one process: its tests share what is slow to make. In order, notebooks come early, which take longest.
 test: setup lint  ## lint, type-check and run the whole test suite
-	$(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
+	$(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff format --check .
