@@ -20,8 +20,11 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from k25lite.swarm.policy import Message, Reply, ToolCall
+from k25lite.swarm.prefix_cache import Layers, PrefixCache, joined, length
 
 _TAGS = ("<tool_call>", "</tool_call>")
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -49,12 +52,14 @@ class LocalPolicy:
 
     Requests that wait at the same time are one batch; those that come while it is under way are the next. A reply does not
     depend on the rest of its batch (beyond the last bits of the arithmetic). If a batch fails, its halves are tried, and so
-    on: only requests that fail alone fail.
+    on: only requests that fail alone fail. What was computed of a conversation is kept and not computed again when it goes
+    on, if all layers of the model attend to everything.
 
     Args:
-        model: is put into evaluation mode, and on `device` if one is given.
+        model: is put into evaluation mode, and on `device` if one is given. Its weights stay as they are from then on.
         max_new_tokens: of a reply; one that has no end by then is a refusal, as it is with an endpoint.
         max_batch: requests at once. wait: seconds that a batch which is not full waits for more.
+        kept_tokens: of conversations whose keys and values are kept, those that were used last.
         temperature: 0 takes the likeliest token.
         render: makes the prompt of messages and tool schemas; by default the tokenizer's chat template.
         parse: makes the reply of the text that was written, without special tokens; by default `parse_calls`.
@@ -77,14 +82,16 @@ class LocalPolicy:
         parse: Callable[[str], Reply] | None = None,
         device: torch.device | str | None = None,
         seed: int | None = None,
+        kept_tokens: int = 32_768,
     ):
-        if max_new_tokens < 1 or max_batch < 1 or wait < 0 or temperature < 0:
-            raise ValueError("max_new_tokens and max_batch are above 0, wait and temperature are not below")
+        if max_new_tokens < 1 or max_batch < 1 or wait < 0 or temperature < 0 or kept_tokens < 0:
+            raise ValueError("max_new_tokens and max_batch are above 0; wait, temperature and kept_tokens not below")
         ends = model.generation_config.eos_token_id
         self.ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
         if not self.ends:
             raise ValueError("neither the model nor the tokenizer knows a token that ends a reply")
         self.model = (model if device is None else model.to(device)).eval()
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.ends)
         self.tokenizer, self.max_new_tokens, self.max_batch, self.wait = tokenizer, max_new_tokens, max_batch, wait
         self.render, self.parse, self.temperature = render or self._render, parse or parse_calls, temperature
         self.seed = secrets.randbits(32) if seed is None else seed
@@ -92,6 +99,9 @@ class LocalPolicy:
         added = tokenizer.added_tokens_decoder.items()
         self.hidden = self.ends | {token_id for token_id, token in added if token.special and str(token) not in _TAGS}
         self._asked = Counter[bytes]()
+        self._known = PrefixCache(kept_tokens)
+        layers = DynamicCache(config=model.config.get_text_config()).layers
+        self.can_go_on = all(type(layer) is DynamicLayer for layer in layers)  # others forget, or keep no token apart
         self._waiting: _Waiting | None = None
         self._lock = threading.Lock()  # of the model, which event loops of several threads may share
 
@@ -173,8 +183,6 @@ class LocalPolicy:
     def _generate(self, batch: list[_Request]) -> list[list[int]]:
         """The tokens written for each request, up to the one that ends it."""
         device = self.model.device
-        rows = [torch.tensor(request.ids, device=device) for request in batch]
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
         generators = [torch.Generator(device).manual_seed(request.seed) for request in batch]
 
         def sample(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -189,20 +197,77 @@ class LocalPolicy:
             return torch.tensor([request.written.done() for request in batch], device=device)
 
         with self._lock:
-            ids = self.model.generate(
-                input_ids=pad_sequence(rows, True, pad, "left"),
-                attention_mask=pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left"),
+            ids, mask, cache = self._padded([request.ids for request in batch], self._read(batch))
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
                 eos_token_id=sorted(self.ends),
-                pad_token_id=pad,
+                pad_token_id=self.pad,
                 logits_processor=[sample] if self.temperature else [],
                 stopping_criteria=[is_left],
+                return_dict_in_generate=True,
             )
-        written = ids[:, max(map(len, rows)) :].tolist()
-        lengths = [next((n for n, token_id in enumerate(row, 1) if token_id in self.ends), len(row)) for row in written]
-        return [row[:length] for row, length in zip(written, lengths, strict=True)]
+            written = output.sequences[:, ids.shape[1] :].tolist()
+            written = [row[: next((n for n, of in enumerate(row, 1) if of in self.ends), None)] for row in written]
+            if self.can_go_on:
+                self._keep(output.sequences, mask, list(map(len, written)), output.past_key_values)
+        return written
+
+    def _read(self, batch: Sequence[_Request]) -> list[Layers]:
+        """The keys and values of each prompt but for its last token: known, or computed in parts of similar length."""
+        if not self.can_go_on:
+            return [[] for _ in batch]
+        prompts = [request.ids[:-1] for request in batch]
+        found = [self._known.find(ids) for ids in prompts]
+        # With a beginning the rest needs a mask, which makes attention twice as slow: a short one is not worth it.
+        found = [known if 3 * length(known) > len(ids) else [] for known, ids in zip(found, prompts, strict=True)]
+        new = {row: len(ids) - length(layers) for row, (ids, layers) in enumerate(zip(prompts, found, strict=True))}
+        left = sorted((row for row in new if new[row]), key=new.__getitem__)
+        while left:
+            part = [row for row in left if new[row] <= new[left[0]] + 16]
+            ids, mask, cache = self._padded([prompts[row] for row in part], [found[row] for row in part])
+            cache = DynamicCache() if cache is None else cache
+            known = cache.get_seq_length()
+            with torch.no_grad():
+                self.model(
+                    ids[:, known:],
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, known:],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            for row, layers in zip(part, self._keep(ids, mask, [0] * len(part), cache), strict=True):
+                found[row] = layers
+            left = left[len(part) :]
+        return found
+
+    def _padded(
+        self, prompts: Sequence[list[int]], known: Sequence[Layers]
+    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache | None]:
+        """Ids and mask [rows, columns], padded before what is known and before the rest; the cache of what is known."""
+        device, lengths = self.model.device, list(map(length, known))
+        rows = [torch.tensor(ids, device=device) for ids in prompts]
+        parts = [[row[:of] for row, of in zip(rows, lengths, strict=True)]] if any(lengths) else []
+        parts += [[row[of:] for row, of in zip(rows, lengths, strict=True)]]
+        ids = torch.cat([pad_sequence(part, True, self.pad, "left") for part in parts], 1)
+        ones = [[torch.ones_like(row) for row in part] for part in parts]
+        mask = torch.cat([pad_sequence(part, True, 0, "left") for part in ones], 1)
+        return ids, mask, joined(known) if any(lengths) else None
+
+    def _keep(self, ids: torch.Tensor, mask: torch.Tensor, written: Sequence[int], cache: DynamicCache) -> list[Layers]:
+        """What was computed of each row, padding left out; the last token of the longest ones never was."""
+        prompt, computed, found = mask.shape[1], cache.get_seq_length(), []
+        for row, count in enumerate(written):
+            places = torch.cat([mask[row].nonzero()[:, 0], torch.arange(prompt, prompt + count, device=mask.device)])
+            places = places[places < computed]
+            found.append([(layer.keys[row, :, places], layer.values[row, :, places]) for layer in cache.layers])
+            self._known.keep(ids[row, places].tolist(), found[-1])
+        return found
 
 
 def parse_calls(text: str) -> Reply:

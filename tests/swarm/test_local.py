@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,9 @@ class Counted:
     def eval(self):
         return self
 
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
     def generate(self, *, input_ids, **kwargs):
         self.sizes.append(len(input_ids))
         if self.fails(input_ids):
@@ -126,12 +130,23 @@ async def ask_all(policy, prompts) -> list:
     return await asyncio.gather(*(policy(user(prompt), []) for prompt in prompts), return_exceptions=True)
 
 
+async def answer(policy, conversations) -> list[Reply]:
+    return await asyncio.gather(*(policy(messages, []) for messages in conversations))
+
+
 def check_against_one_by_one(model, tokenizer, prompts: list[str], tokens: int) -> None:
-    """Hold the replies of a batch against what transformers writes after each prompt alone, without padding."""
-    replies = asyncio.run(ask_all(LocalPolicy(model, tokenizer, max_new_tokens=tokens), prompts))
+    """Hold the replies of a batch against what transformers writes after each prompt alone."""
+    conversations = [user(prompt) for prompt in prompts]
+    replies = asyncio.run(answer(LocalPolicy(model, tokenizer, max_new_tokens=tokens), conversations))
+    check_replies(model, tokenizer, conversations, replies, tokens)
+    assert len({reply.completion_tokens for reply in replies}) > 2  # they end at different places
+
+
+def check_replies(model, tokenizer, conversations, replies: list[Reply], tokens: int) -> None:
+    """Hold them against what transformers writes: each alone, without padding and from nothing."""
     ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
-    for prompt, reply in zip(prompts, replies, strict=True):
-        text = tokenizer.apply_chat_template(user(prompt), add_generation_prompt=True, tokenize=False)
+    for messages, reply in zip(conversations, replies, strict=True):
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         (row,) = model.generate(
             ids,
@@ -145,21 +160,91 @@ def check_against_one_by_one(model, tokenizer, prompts: list[str], tokens: int) 
         content = tokenizer.decode([i for i in written if i not in ends], skip_special_tokens=True).strip()
         assert (reply.content, reply.prompt_tokens, reply.completion_tokens) == (content, ids.shape[1], len(written))
         assert bool(reply.refusal) == (written[-1] not in ends)
-    assert len({reply.completion_tokens for reply in replies}) > 2  # they end at different places
 
 
 def test_a_batch_answers_as_one_by_one():
     check_against_one_by_one(tiny_model(), TOKENIZER, PROMPTS, 24)
 
 
-@pytest.mark.parametrize("moe", [True, False])
-def test_k25lite_answers_in_a_batch_as_one_by_one(moe):
-    words = [f"{a}{b}" for a in "abcdef" for b in "ghijkl"]
-    tokenizer = build_tokenizer(words)
+WORDS = [f"{a}{b}" for a in "abcdef" for b in "ghijkl"]
+
+
+def tiny_k25lite(moe: bool) -> tuple[K25Lite, PreTrainedTokenizerFast]:
+    tokenizer = build_tokenizer(WORDS)
     torch.manual_seed(1)
     model = K25Lite(K25LiteConfig.lite(len(tokenizer), moe=moe, initializer_range=0.2)).eval()
     model.generation_config.eos_token_id = [1, 30, 31, 32]
-    check_against_one_by_one(model, tokenizer, [" ".join(words[:n]) for n in (1, 3, 5, 9, 14, 20, 27, 36)], 16)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_k25lite_answers_in_a_batch_as_one_by_one(moe):
+    model, tokenizer = tiny_k25lite(moe)
+    check_against_one_by_one(model, tokenizer, [" ".join(WORDS[:n]) for n in (1, 3, 5, 9, 14, 20, 27, 36)], 16)
+
+
+@contextmanager
+def tokens_read(model):
+    """Counts the tokens, padding among them, that go into a model, those apart that it has just written."""
+    read = []
+
+    def count(module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        read.append(ids.numel() if ids.shape[1] > 1 else 0)
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    yield read
+    hook.remove()
+
+
+@pytest.mark.parametrize("of", ["Qwen2", "K25Lite", "K25Lite of experts"])
+def test_what_was_read_of_a_conversation_is_not_read_again(of):
+    model, tokenizer = (tiny_model(2048), TOKENIZER) if of == "Qwen2" else tiny_k25lite("experts" in of)
+    talks = [" ".join(WORDS[:n]) for n in (2, 3, 17, 18, 30)]
+    policy = LocalPolicy(model, tokenizer, max_new_tokens=12)
+    conversations = [user(prompt) for prompt in talks]
+    for turn in range(4):
+        with tokens_read(model) as read:
+            replies = asyncio.run(answer(policy, conversations))
+        check_replies(model, tokenizer, conversations, replies, 12)
+        prompts = sum(reply.prompt_tokens for reply in replies)
+        # At most the question, the reply where it was cut or stripped, and the marks around them; and some padding.
+        assert 0 < sum(read) < (1.3 * prompts + 200 if turn == 0 else prompts / 2 + 200), turn
+        for messages, reply in zip(conversations, replies, strict=True):
+            messages += [
+                {"role": "assistant", "content": reply.content},
+                {"role": "user", "content": f"{talks[turn]} {WORDS[turn]}"},
+            ]
+        if turn == 2:  # a newcomer, and one that begins as others do
+            conversations += [user(WORDS[-1]), conversations[0][:3]]
+            talks = [*talks, *talks[:2]]
+
+
+def test_conversations_that_are_not_kept_are_read_again():
+    model = tiny_model()
+    policy = LocalPolicy(model, TOKENIZER, max_new_tokens=4, kept_tokens=0)
+    for _ in range(2):
+        with tokens_read(model) as read:
+            (reply,) = asyncio.run(ask_all(policy, ["why"]))
+        assert sum(read) == reply.prompt_tokens - 1
+
+
+def test_a_model_that_forgets_is_read_to_from_the_beginning():
+    config = tiny_model().config
+    config.use_sliding_window, config.sliding_window, config.max_window_layers = True, 16, 0
+    config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).eval()
+    model.generation_config.eos_token_id = list(range(0, 256, 16))
+    policy = LocalPolicy(model, TOKENIZER, max_new_tokens=8)
+    conversations = [user("x" * n) for n in (1, 40)]
+    for _ in range(2):
+        replies = asyncio.run(answer(policy, conversations))
+        check_replies(model, TOKENIZER, conversations, replies, 8)
+        conversations = [
+            [*messages, {"role": "assistant", "content": reply.content}, *user("why")]
+            for messages, reply in zip(conversations, replies, strict=True)
+        ]
 
 
 def test_concurrent_agents_share_batches():
@@ -359,12 +444,13 @@ def test_special_tokens_are_left_out_but_not_the_marks_of_calls():
     text = '<|im_start|>so <tool_call>{"name": "f"}</tool_call>\n<|im_end|>'
     model = Counted(tiny_model())
     model.generation_config.eos_token_id = None  # the tokenizer's alone
-    model.generate = lambda *, input_ids, **kwargs: torch.tensor(
-        [[*row.tolist(), *tokenizer.encode(text, add_special_tokens=False), 256, 256] for row in input_ids]
+    said = tokenizer.encode(text, add_special_tokens=False)
+    model.generate = lambda *, input_ids, past_key_values, **kwargs: SimpleNamespace(
+        sequences=torch.tensor([[*row.tolist(), *said, 256, 256] for row in input_ids]), past_key_values=past_key_values
     )
     (reply,) = asyncio.run(ask_all(LocalPolicy(model, tokenizer), ["a"]))
     assert (reply.content, reply.calls) == ("so", (ToolCall("", "f", "{}"),))
-    assert reply.completion_tokens == len(tokenizer.encode(text, add_special_tokens=False))
+    assert reply.completion_tokens == len(said)
 
 
 @pytest.mark.parametrize(
