@@ -175,14 +175,16 @@ def found_events(detector: Detector, video: str, times: np.ndarray, probabilitie
     return [Event(video, s.start, s.end, s.kind) for s in find_spans(times, probabilities, detector.rules)]
 
 
-def detector_stage(run: DetectorRun, footage: tuple[Path, Path] | None = None, progress: bool = False) -> Path:
+def detector_stage(
+    run: DetectorRun, footage: tuple[Sequence[Path], Sequence[Path]] | None = None, progress: bool = False
+) -> Path:
     """The folder of a trained `Detector`; beside it log.json and, for the validation footage, metrics.json.
 
     The detector of `lite` and `full` is shipped, for it takes a quarter of an hour; with another `seed` it is trained anew.
 
     Args:
-        footage: recordings to train on and to choose the rules with; by default they are made on maps of their own, and
-            removed afterwards.
+        footage: recordings to train on, and others to choose the rules with; by default they are made on maps of their
+            own, and removed afterwards.
 
     Raises:
         ModuleNotFoundError: no footage is given, and the game is not installed.
@@ -192,9 +194,9 @@ def detector_stage(run: DetectorRun, footage: tuple[Path, Path] | None = None, p
         torch.manual_seed(run.seed)
         detector = Detector(DetectorConfig()).to("cuda" if torch.cuda.is_available() else "cpu")
         with tempfile.TemporaryDirectory() as made:
-            training, validation = [[each] for each in footage] if footage else _record(Path(made), run, progress)
+            training, validation = footage or _record(Path(made), run, progress)
             log = train(detector, [v for each in training for v in read_recording(each, detector.size)], run, progress)
-            videos = [video for each in validation for video in read_recording(each, detector.size)]
+            videos = [v for each in validation for v in read_recording(each, detector.size)]
         seen = [Scored(v.times, detector.probabilities(v.frames), v.events) for v in videos]
         detector.config.rules = {kind: asdict(rule) for kind, rule in choose_rules(seen).items()}
         found = [e for n, v in enumerate(seen) for e in found_events(detector, f"{n}", v.times, v.probabilities)]
@@ -203,18 +205,20 @@ def detector_stage(run: DetectorRun, footage: tuple[Path, Path] | None = None, p
         log.to_json(folder / "log.json", orient="records")
         detector.save_pretrained(folder)
 
-    config: dict[str, Any] = asdict(run) | {"widths": list(run.widths)}
-    if footage is None and SHIPPED.is_dir() and json.loads((SHIPPED / "stage.json").read_text())["config"] == config:
+    if run == RUNS["lite"] and footage is None and SHIPPED.is_dir():
         return SHIPPED
+    config: dict[str, Any] = asdict(run)
     if footage:
-        config["footage"] = [[video["sha256"] for video in manifest(folder)["videos"]] for folder in footage]
+        config["footage"] = [
+            [video["sha256"] for each in recordings for video in manifest(each)["videos"]] for recordings in footage
+        ]
     return cached("detector", config, build)
 
 
-def _record(folder: Path, run: DetectorRun, progress: bool) -> list[list[Path]]:
+def _record(folder: Path, run: DetectorRun, progress: bool) -> tuple[list[Path], list[Path]]:
     """Recordings to train on, and to choose the rules with: one for each width."""
     sizes = ((run.videos, run.minutes, TRAINING_MAPS), (run.validation_videos, run.validation_minutes, VALIDATION_MAPS))
-    made: list[list[Path]] = [[], []]
+    made: tuple[list[Path], list[Path]] = ([], [])
     for number, (videos, minutes, maps) in enumerate(sizes):
         counts = Counter(run.widths[video % len(run.widths)] for video in range(videos))
         for place, (width, count) in enumerate(counts.items()):

@@ -1,5 +1,6 @@
 """The detector: what it computes, what it learns, what is kept of it."""
 
+import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -199,21 +200,23 @@ def stages(tmp_path, monkeypatch):
 
 def test_a_stage_on_given_footage_is_kept(stages):
     run = replace(RUNS["smoke"], steps=4)
-    folder = detector_stage(run, footage=(SHIPPED, SHIPPED))
+    folder = detector_stage(run, footage=([SHIPPED], [SHIPPED]))
     detector = Detector.from_pretrained(folder)
     assert set(detector.rules) == set(KINDS)
     assert (folder / "metrics.json").exists()
     assert (folder / "log.json").exists()
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert detector_stage(run, footage=(SHIPPED, SHIPPED)) == folder
+    assert detector_stage(run, footage=([SHIPPED], [SHIPPED])) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    assert detector_stage(replace(run, seed=1), footage=(SHIPPED, SHIPPED)) != folder
+    assert detector_stage(replace(run, seed=1), footage=([SHIPPED], [SHIPPED])) != folder
 
 
 def test_the_shipped_detector_is_that_of_lite_and_knows_what_happens_in_shipped_footage(stages):
     folder = detector_stage(RUNS["lite"])
     assert folder == stage.SHIPPED
     assert not stages.exists()
+    told = json.loads((folder / "stage.json").read_text())["config"]
+    assert stage.DetectorRun(**told | {"widths": tuple(told["widths"])}) == RUNS["lite"] == RUNS["full"]
     detector = Detector.from_pretrained(folder).eval()
     true, found = [], []
     for video in read_recording(SHIPPED, detector.size):
