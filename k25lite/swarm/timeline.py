@@ -20,15 +20,15 @@ from k25lite.swarm.critical import Assignment, Summary, critical_path, summarise
 from k25lite.swarm.tools import cut
 from k25lite.swarm.trace import Event, encode, read_trace
 
-LONGEST_TEXT, ALL_TEXTS = 24_000, 64_000_000  # characters: an observation was cut before; a browser reads all of them
+LONGEST_TEXT, TEXTS = 24_000, 64_000_000  # characters: an observation was cut before; a browser reads all of them
 
 
-def timeline(events: Iterable[Event] | str | os.PathLike[str], out: Path, *, characters: int = ALL_TEXTS) -> Path:
+def timeline(events: Iterable[Event] | str | os.PathLike[str], out: Path, *, characters: int = TEXTS) -> Path:
     """Write the page of a run, ended or still going, to `out`, and return `out`.
 
     Args:
         events: the events of a trace, or its path.
-        characters: of all that was written, at most; the longest texts are cut as far as that takes, to 100 at the most.
+        characters: of what was written, about so many are shown; the longest texts are cut first, none below 90.
 
     Raises:
         FileNotFoundError: no such trace. ValueError: it is none, or it is empty.

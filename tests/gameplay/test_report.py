@@ -19,6 +19,7 @@ from k25lite.gameplay.report import Scored, build, compare
 from k25lite.gameplay.scoring import score
 from k25lite.gameplay.segments import Footage, Segment
 from k25lite.gameplay.story import clock, length, overall, tell
+from runs import many
 
 EVIL = "<img src=x onerror=window.broken=1> \"q\" 'a' & %41 #1 é文 {{7*7}}.mp4"
 PLAIN = "plain.mp4"
@@ -253,8 +254,15 @@ def test_a_day_of_video_is_small_and_soon_there(analysed, tmp_path, browser_page
         digest = videos[names.index(event.video)].digest
         for time in event.keyframes:
             (folder / "frames" / f"{digest[:10]}-{round(time * 1000)}.webp").touch()
-    index = build(folder, videos, outcome, {}, analysed / "trace.jsonl", scored, health)
-    assert index.stat().st_size + (folder / "data.js").stat().st_size <= 2_000_000
+
+    def prompt(number):
+        return json.dumps({"pass": "fine", "video": names[number % 32], "start": 0.0, "end": 300.0})
+
+    trace = tmp_path / "trace.jsonl"  # of as many sub-agents as a day takes, who say as much
+    said = many(450, each=50, said="0123456789 " * 450, ask=prompt)
+    trace.write_text("".join(f"{json.dumps(event)}\n" for event in said))
+    index = build(folder, videos, outcome, {}, trace, scored, health)
+    assert sum((folder / name).stat().st_size for name in ("index.html", "data.js", "swarm.html")) <= 2_000_000
     page = browser_page.open(index)
     assert page.locator("#count").inner_text() == "10,000 events"
     page.locator("#list").focus()

@@ -1,6 +1,5 @@
 import asyncio
 import json
-import random
 
 import pytest
 from hypothesis import given
@@ -13,6 +12,7 @@ from k25lite.swarm import timeline as module
 from k25lite.swarm.critical import critical_path, summarise
 from k25lite.swarm.timeline import timeline
 from k25lite.swarm.trace import encode
+from runs import many
 
 EVIL = [
     "<script>window.broken = 1; alert(1)</script>",
@@ -317,33 +317,6 @@ def test_ten_thousand_assignments_are_on_one_page(tmp_path, browser_page):
     assert browser_page.errors == []
 
 
-def many(count, each=250):
-    """The events of a run in which stages of `each` agents take two steps and a tool."""
-    rng, found, t = random.Random(0), [], 0.0
-    tell = {"content": "", "calls": [], "refusal": "", "prompt_tokens": 9, "completion_tokens": 1, "cost": 0.0}
-    ended = {"status": "done", "reason": "", "attempt": 1, "steps": 2, "critical_steps": 2, "tokens": 20, "cost": 0.0}
-
-    def write(event, t, **fields):
-        found.append({"t": t, "event": event, **fields})
-
-    write("run", t, version=1, task="Find them all.", limits={}, started="2026-01-01T00:00:00+00:00")
-    for stage in range(1, count // each + 1):
-        prompts = [f"Find number {(stage - 1) * each + index}" for index in range(each)]
-        calls = [("id", "assign_task", json.dumps({"agent": "searcher", "prompt": prompt})) for prompt in prompts]
-        write("step", t + 1, path="0", step=stage, began=t, **tell | {"calls": calls})
-        for index, prompt in enumerate(prompts):
-            path, begun = f"0.{stage}.{index}", t + 1
-            one, two = (begun + rng.random(), begun + 1 + rng.random())
-            write("assign", begun, path=path, parent="0", agent="searcher", prompt=prompt, attempt=1)
-            write("step", one, path=path, step=1, began=begun, **tell | {"calls": [("id", "search", "{}")]})
-            write("observation", two, path=path, step=1, index=0, tool="search", began=one, content="found " * 30)
-            write("step", two + 1, path=path, step=2, began=two, **tell | {"content": f"{prompt}: found."})
-            write("result", two + 1, path=path, answer=f"{prompt}: found.", **ended)
-        t += 4
-    write("end", t, answer="All of them.", **ended)
-    return found
-
-
 @given(st.text(alphabet=st.characters(codec=None)) | st.sampled_from(EVIL))
 def test_data_cannot_leave_its_script_element(text):
     island = module._as_island({"text": text})
@@ -359,8 +332,19 @@ def test_half_a_surrogate_pair_does_not_keep_the_page_from_being_written(tmp_pat
 
 def test_texts_are_cut_only_as_far_as_the_page_needs():
     texts = ["short", "x" * 30_000]
-    assert module._shortened(texts, module.ALL_TEXTS) == ["short", "x" * 24_000 + " [6,000 characters left out]"]
+    assert module._shortened(texts, module.TEXTS) == ["short", "x" * 24_000 + " [6,000 characters left out]"]
     assert module._shortened(texts, 10_000) == ["short", "x" * 6_000 + " [24,000 characters left out]"]
+
+
+def test_a_page_of_many_long_texts_is_as_small_as_asked_and_shows_every_agent(tmp_path):
+    said = "".join(f"{number} " for number in range(1000))
+    whole, small = (
+        timeline(many(500, said=said), tmp_path / f"{limit}.html", characters=limit) for limit in (10**7, 10**5)
+    )
+    assert whole.stat().st_size > 1_900_000
+    assert small.stat().st_size < whole.stat().st_size - 1_700_000
+    assert "characters left out]" in small.read_text()
+    assert all(f"Find number {number}:" in small.read_text() for number in range(500))
 
 
 def test_what_is_no_run_is_refused(tmp_path):
