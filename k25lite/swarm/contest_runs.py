@@ -1,14 +1,15 @@
-"""The five systems of the wide-search contest, and a contest as a job for a process of its own."""
+"""The five systems of the wide-search contest, and contests as jobs for processes of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from transformers import LlamaForCausalLM
 
-from k25lite.swarm.contest import Arena, System, compete, words
+from k25lite.swarm.contest import Arena, System, Trial, compete, words
 from k25lite.swarm.context import DiscardAll, Summarise
 from k25lite.swarm.parl_language import serial, swarm
 from k25lite.swarm.parl_live_stage import calibrations, library, steps_of_a_name
@@ -54,7 +55,39 @@ class Contest:
         return Arena(library(FIRST_SEED + self.seed), subagent_policy(self.subagent), each, latency_s)
 
 
-def hold(contest: Contest) -> pd.DataFrame:
-    """Every system on every task: `Trial.row`, with `seed` and `answer`."""
-    trials = compete(contest.arena(), contest.systems, contest.tasks)
-    return pd.DataFrame([trial.row() | {"seed": contest.seed, "answer": trial.answer} for trial in trials])
+@dataclass(frozen=True)
+class Timing:
+    """The same systems against the clock.
+
+    Args:
+        systems: their names. count: of tasks; rows: that they have, at least and at most.
+        latency_s: of each call of a tool.
+    """
+
+    contest: Contest
+    systems: tuple[str, ...]
+    count: int
+    rows: tuple[int, int]
+    latency_s: float
+
+
+def hold(job: Contest | Timing) -> list[Trial]:
+    """Every system on every task: all at once, or, to be timed, one after another."""
+    if isinstance(job, Contest):
+        return compete(job.arena(), job.systems, job.tasks)
+    contest = job.contest
+    tasks = make_tasks(library(FIRST_SEED + contest.seed), "train", job.count, job.rows, seed=1)
+    systems = [system for system in contest.systems if system.name in job.systems]
+    return compete(contest.arena(job.latency_s), systems, tasks, together=False)
+
+
+def table(jobs: Sequence[Contest | Timing], trials: Sequence[Sequence[Trial]]) -> pd.DataFrame:
+    """`Trial.row` of each trial of each job, with its `seed` and `answer`."""
+    seeds = [job.seed if isinstance(job, Contest) else job.contest.seed for job in jobs]
+    return pd.DataFrame(
+        [
+            trial.row() | {"seed": seed, "answer": trial.answer}
+            for seed, part in zip(seeds, trials, strict=True)
+            for trial in part
+        ]
+    )
