@@ -49,6 +49,8 @@ class Arena:
     Args:
         worker: the frozen sub-agent. steps_of_a_name: that it takes, on average.
         latency_s: seconds that each call of a tool waits, as an engine that is far away would: chosen, not measured.
+        temperature: of a trained orchestrator's acts. 1, as in training, which rewards a distribution: the likeliest act
+            alone can be the same for ever, such as one more sub-agent.
         budget: of a run, in critical steps.
     """
 
@@ -56,12 +58,13 @@ class Arena:
     worker: Policy
     steps_of_a_name: float
     latency_s: float = 0.0
+    temperature: float = 1.0
     budget: Budget = PUBLISHED
 
     def orchestrator(self, system: System) -> Orchestrator:
         documents = self.library.documents
         return Orchestrator(
-            LearnedPolicy(system.decide, self.worker, self.steps_of_a_name, self.budget),
+            LearnedPolicy(system.decide, self.worker, self.steps_of_a_name, self.budget, self.temperature),
             tools(SearchEngine(documents), self.latency_s),
             sub_policy=self.worker,
             sub_tools=tools(search_engine(documents), self.latency_s),

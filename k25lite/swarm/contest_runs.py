@@ -60,7 +60,7 @@ class Timing:
     """The same systems against the clock.
 
     Args:
-        systems: their names. count: of tasks; rows: that they have, at least and at most.
+        systems: their names, some of `NAMES`. count: of tasks; rows: that they have, at least and at most.
         latency_s: of each call of a tool.
     """
 
@@ -70,6 +70,10 @@ class Timing:
     rows: tuple[int, int]
     latency_s: float
 
+    def __post_init__(self) -> None:
+        if unknown := set(self.systems) - {*NAMES}:
+            raise ValueError(f"systems are some of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
+
 
 def hold(job: Contest | Timing) -> list[Trial]:
     """Every system on every task: all at once, or, to be timed, one after another."""
@@ -77,8 +81,11 @@ def hold(job: Contest | Timing) -> list[Trial]:
         return compete(job.arena(), job.systems, job.tasks)
     contest = job.contest
     tasks = make_tasks(library(FIRST_SEED + contest.seed), "train", job.count, job.rows, seed=1)
-    systems = [system for system in contest.systems if system.name in job.systems]
-    return compete(contest.arena(job.latency_s), systems, tasks, together=False)
+    trials = list[Trial]()
+    for system in contest.systems:
+        if system.name in job.systems:  # each has a sub-agent of its own, which remembers nothing of those before
+            trials += compete(contest.arena(job.latency_s), [system], tasks, together=False)
+    return trials
 
 
 def table(jobs: Sequence[Contest | Timing], trials: Sequence[Sequence[Trial]]) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """Contests: the same tasks for all, the score of what came back, and the clock."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import pytest
 import torch
 
 from k25lite.swarm.contest import Arena, System, compete, judge
-from k25lite.swarm.contest_runs import Contest, Timing, table
+from k25lite.swarm.contest_runs import Contest, Timing, hold, table
 from k25lite.swarm.parl_language import serial, swarm
+from k25lite.swarm.parl_rollout import make_orchestrator
 from k25lite.swarm.subagent import subagent_policy, table_of
 from k25lite.swarm.subagent_training import wide_library
 from k25lite.world.wide_tasks import make_tasks
@@ -31,8 +31,10 @@ def task(library):
 
 @pytest.fixture(scope="module")
 def arena(library):
-    torch.set_num_threads(1)
-    return Arena(library, subagent_policy(SUBAGENT), 2.1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models as small as these lose time to a second thread
+    yield Arena(library, subagent_policy(SUBAGENT), 2.1)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -92,4 +94,14 @@ def test_a_table_tells_the_seed_of_contests_and_of_races(trials):
     rows = table([contest, Timing(contest, ("single",), 1, (10, 14), 0.0)], [trials, trials[:1]])
     assert rows.seed.tolist() == [3, 3, 3]
     assert rows.system.tolist() == ["single", "swarm", "single"]
-    assert json.dumps(rows.answer.tolist())
+    assert rows.answer.tolist() == [trial.answer for trial in (*trials, trials[0])]
+
+
+def test_a_race_is_run_by_those_who_are_named(tmp_path):
+    make_orchestrator(0).save_pretrained(tmp_path)
+    contest = Contest(3, SUBAGENT, tmp_path, (("train", 1, (10, 12)),))
+    trials = hold(Timing(contest, ("scripted swarm",), 2, (10, 12), 0.0))
+    assert [trial.system for trial in trials] == ["scripted swarm"] * 2
+    assert len({trial.task.instance_id for trial in trials}) == 2
+    with pytest.raises(ValueError, match="got double"):
+        Timing(contest, ("single", "double"), 1, (10, 12), 0.0)
