@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import json
 import re
 import secrets
@@ -50,16 +51,17 @@ class _Waiting:
 class LocalPolicy:
     """A transformers causal language model, or a K25Lite that reads text, as a policy.
 
-    Requests that wait at the same time are one batch; those that come while it is under way are the next. A reply does not
-    depend on the rest of its batch (beyond the last bits of the arithmetic). If a batch fails, its halves are tried, and so
-    on: only requests that fail alone fail. What was computed of a conversation is kept and not computed again when it goes
-    on, if all layers of the model attend to everything.
+    Requests that wait at the same time are one batch; those that come while it is under way are the next. If a batch
+    fails, its halves are tried, and so on: only requests that fail alone fail. A conversation that goes on is not read
+    again from its beginning (prefix caching), if all layers of the model attend to everything. Neither the rest of the
+    batch nor what is in the cache changes a reply, beyond the last bits of the arithmetic.
 
     Args:
-        model: is put into evaluation mode, and on `device` if one is given. Its weights stay as they are from then on.
+        model: is put into evaluation mode, and on `device` if one is given. Its weights must not change afterwards: what was
+            computed with the old ones would be used again.
         max_new_tokens: of a reply; one that has no end by then is a refusal, as it is with an endpoint.
         max_batch: requests at once. wait: seconds that a batch which is not full waits for more.
-        kept_tokens: of conversations whose keys and values are kept, those that were used last.
+        cache_tokens: of conversations whose keys and values are kept, on the model's device: those that were used last.
         temperature: 0 takes the likeliest token.
         render: makes the prompt of messages and tool schemas; by default the tokenizer's chat template.
         parse: makes the reply of the text that was written, without special tokens; by default `parse_calls`.
@@ -82,10 +84,10 @@ class LocalPolicy:
         parse: Callable[[str], Reply] | None = None,
         device: torch.device | str | None = None,
         seed: int | None = None,
-        kept_tokens: int = 32_768,
+        cache_tokens: int = 32_768,
     ):
-        if max_new_tokens < 1 or max_batch < 1 or wait < 0 or temperature < 0 or kept_tokens < 0:
-            raise ValueError("max_new_tokens and max_batch are above 0; wait, temperature and kept_tokens not below")
+        if max_new_tokens < 1 or max_batch < 1 or wait < 0 or temperature < 0 or cache_tokens < 0:
+            raise ValueError("max_new_tokens and max_batch are above 0; wait, temperature and cache_tokens not below")
         ends = model.generation_config.eos_token_id
         self.ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
         if not self.ends:
@@ -99,9 +101,8 @@ class LocalPolicy:
         added = tokenizer.added_tokens_decoder.items()
         self.hidden = self.ends | {token_id for token_id, token in added if token.special and str(token) not in _TAGS}
         self._asked = Counter[bytes]()
-        self._known = PrefixCache(kept_tokens)
-        layers = DynamicCache(config=model.config.get_text_config()).layers
-        self.can_go_on = all(type(layer) is DynamicLayer for layer in layers)  # others forget, or keep no token apart
+        self._known = PrefixCache(cache_tokens)
+        self.reuses_prefixes = _attends_to_everything(model)
         self._waiting: _Waiting | None = None
         self._lock = threading.Lock()  # of the model, which event loops of several threads may share
 
@@ -166,19 +167,25 @@ class LocalPolicy:
         batch = [request for request in batch if not request.written.done()]
         if not batch:
             return
+        cached = len(self._known)
         try:
             for request, written in zip(batch, await asyncio.to_thread(self._generate, batch), strict=True):
                 if not request.written.done():
                     request.written.set_result(written)
             return
         except Exception as error:
-            if len(batch) == 1:
+            if len(batch) == 1 and not cached:
                 if not batch[0].written.done():
                     batch[0].written.set_exception(error)
                 return
-        # Outside of the handler: the error would keep the memory of the batch that failed.
+        # Outside of the handler: the error would keep the memory of the batch that failed. So would the cache.
+        await asyncio.to_thread(self._forget)
         await self._answer(batch[: len(batch) // 2])
         await self._answer(batch[len(batch) // 2 :])
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._known.clear()
 
     def _generate(self, batch: list[_Request]) -> list[list[int]]:
         """The tokens written for each request, up to the one that ends it."""
@@ -197,11 +204,12 @@ class LocalPolicy:
             return torch.tensor([request.written.done() for request in batch], device=device)
 
         with self._lock:
-            ids, mask, cache = self._padded([request.ids for request in batch], self._read(batch))
+            ids, mask, cache = self._padded([request.ids for request in batch], self._prefill(batch))
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=cache,
+                use_cache=True,
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -213,13 +221,17 @@ class LocalPolicy:
             )
             written = output.sequences[:, ids.shape[1] :].tolist()
             written = [row[: next((n for n, of in enumerate(row, 1) if of in self.ends), None)] for row in written]
-            if self.can_go_on:
-                self._keep(output.sequences, mask, list(map(len, written)), output.past_key_values)
+            if self.reuses_prefixes:
+                # A row that nobody waits for any more has stopped somewhere, and goes on with padding.
+                lengths = [
+                    0 if request.written.done() else len(row) for request, row in zip(batch, written, strict=True)
+                ]
+                self._keep(output.sequences, mask, lengths, output.past_key_values)
         return written
 
-    def _read(self, batch: Sequence[_Request]) -> list[Layers]:
+    def _prefill(self, batch: Sequence[_Request]) -> list[Layers]:
         """The keys and values of each prompt but for its last token: known, or computed in parts of similar length."""
-        if not self.can_go_on:
+        if not self.reuses_prefixes:
             return [[] for _ in batch]
         prompts = [request.ids[:-1] for request in batch]
         found = [self._known.find(ids) for ids in prompts]
@@ -228,7 +240,7 @@ class LocalPolicy:
         new = {row: len(ids) - length(layers) for row, (ids, layers) in enumerate(zip(prompts, found, strict=True))}
         left = sorted((row for row in new if new[row]), key=new.__getitem__)
         while left:
-            part = [row for row in left if new[row] <= new[left[0]] + 16]
+            part = [row for row in left if new[row] <= new[left[0]] + max(16, new[left[0]] // 8)]
             ids, mask, cache = self._padded([prompts[row] for row in part], [found[row] for row in part])
             cache = DynamicCache() if cache is None else cache
             known = cache.get_seq_length()
@@ -265,9 +277,23 @@ class LocalPolicy:
         for row, count in enumerate(written):
             places = torch.cat([mask[row].nonzero()[:, 0], torch.arange(prompt, prompt + count, device=mask.device)])
             places = places[places < computed]
-            found.append([(layer.keys[row, :, places], layer.values[row, :, places]) for layer in cache.layers])
-            self._known.keep(ids[row, places].tolist(), found[-1])
+            layers: Layers = []
+            for layer in cache.layers:  # which may lie on several devices
+                own = places.to(layer.keys.device)
+                layers.append((layer.keys[row, :, own], layer.values[row, :, own]))
+            found.append(layers)
+            self._known.keep(ids[row, places].tolist(), layers)
         return found
+
+
+def _attends_to_everything(model: Any) -> bool:
+    """Whether keys and values of a prefix stay true when it goes on, wherever there is padding.
+
+    Not with layers that forget, or keep no token apart, nor where distances are counted in columns and not by position.
+    """
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    by_position = "position_ids" in inspect.signature(model.forward).parameters
+    return by_position and not hasattr(model.config, "window_size") and all(type(of) is DynamicLayer for of in layers)
 
 
 def parse_calls(text: str) -> Reply:

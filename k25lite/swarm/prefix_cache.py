@@ -1,4 +1,4 @@
-"""What a language model has computed of the conversations that it read, for those that go on from there.
+"""Prefix caching: the key-value cache of the conversations that a language model has read, for those that go on from there.
 
 An agent sends its whole conversation at every step, and agents of a team begin alike. Serving engines keep the keys and
 values of what they have read (vLLM's automatic prefix caching, SGLang's RadixAttention). Simplified: whole sequences and no
@@ -51,7 +51,7 @@ class PrefixCache:
         place = bisect_left(self._sorted, new)
         if place < len(self._sorted) and self._sorted[place][: len(new)] == new:
             return  # it is the beginning of one that is kept
-        while place and self._sorted[place - 1] == new[: len(self._sorted[place - 1])]:
+        if place and self._sorted[place - 1] == new[: len(self._sorted[place - 1])]:
             place -= 1
             self._drop(place)
         self._sorted.insert(place, new)
