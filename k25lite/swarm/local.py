@@ -57,8 +57,8 @@ class LocalPolicy:
     batch nor what is in the cache changes a reply, beyond the last bits of the arithmetic.
 
     Args:
-        model: is put into evaluation mode, and on `device` if one is given. Its weights must not change afterwards: what was
-            computed with the old ones would be used again.
+        model: is put into evaluation mode, and on `device` if one is given. Its weights must not change afterwards: what
+            was computed with the old ones would be used again.
         max_new_tokens: of a reply; one that has no end by then is a refusal, as it is with an endpoint.
         max_batch: requests at once. wait: seconds that a batch which is not full waits for more.
         cache_tokens: of conversations whose keys and values are kept, on the model's device: those that were used last.
