@@ -103,7 +103,7 @@ def profile_runs(profile: str, seeds: Sequence[int], subagent: Path) -> list[Liv
         return [LiveRun(start, subagent, short, tasks=4, examined=2, rows=(10, 20), episodes=1) for start in starts]
     if profile == "lite":
         short = replace(LIVE, iterations=2, tasks=2, names=(10, 30))
-        return [LiveRun(start, subagent, short, examined=4, rows=(10, 30), episodes=1) for start in starts]
+        return [LiveRun(start, subagent, short, examined=3, rows=(10, 30), episodes=1) for start in starts]
     return [LiveRun(start, subagent) for start in starts]
 
 
