@@ -10,6 +10,7 @@ import pytest
 from colours import colour_model, write_truth, write_video
 from playwright.sync_api import expect
 from test_scorecard import CONTRASTS
+from traces import many
 
 from k25lite.gameplay.analyze import analyze
 from k25lite.gameplay.director import Outcome
@@ -19,7 +20,6 @@ from k25lite.gameplay.report import Scored, build, compare
 from k25lite.gameplay.scoring import score
 from k25lite.gameplay.segments import Footage, Segment
 from k25lite.gameplay.story import clock, length, overall, tell
-from runs import many
 
 EVIL = "<img src=x onerror=window.broken=1> \"q\" 'a' & %41 #1 é文 {{7*7}}.mp4"
 PLAIN = "plain.mp4"

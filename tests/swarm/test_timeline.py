@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import expect
 from test_scorecard import CONTRASTS
+from traces import many
 
 from k25lite.swarm import Orchestrator, Reply, ScriptedPolicy, ToolCall, Trace, call
 from k25lite.swarm import timeline as module
 from k25lite.swarm.critical import critical_path, summarise
 from k25lite.swarm.timeline import timeline
 from k25lite.swarm.trace import encode
-from runs import many
 
 EVIL = [
     "<script>window.broken = 1; alert(1)</script>",
