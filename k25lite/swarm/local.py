@@ -178,7 +178,8 @@ class LocalPolicy:
                 if not batch[0].written.done():
                     batch[0].written.set_exception(error)
                 return
-        # Outside of the handler: the error would keep the memory of the batch that failed. So would the cache.
+        # Outside of the handler: the error would keep the memory of the batch that failed. The cache may be what memory
+        # lacks, so that even a request that is alone is tried once more without it.
         await asyncio.to_thread(self._forget)
         await self._answer(batch[: len(batch) // 2])
         await self._answer(batch[len(batch) // 2 :])

@@ -44,7 +44,7 @@ class PrefixCache:
         return [(keys[:, :count], values[:, :count]) for keys, values in layers]
 
     def keep(self, ids: Sequence[int], layers: Layers) -> None:
-        """Keep a sequence, in the place of those that it goes on from."""
+        """Keep a sequence, in the place of the one that it goes on from."""
         new = tuple(ids)
         if len(new) > self.capacity:
             return

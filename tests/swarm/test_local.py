@@ -244,6 +244,19 @@ def test_a_conversation_goes_on_after_one_reply_was_cancelled_and_another_failed
     check_replies(model.model, TOKENIZER, conversations, replies, 64)
 
 
+def test_a_request_for_which_the_cache_leaves_no_room_is_tried_once_more_without_it():
+    room = {"tokens": 10_000}
+    model = Counted(tiny_model(), fails=lambda ids: policy._known.tokens > room["tokens"])
+    policy = LocalPolicy(model, TOKENIZER, max_new_tokens=4)
+    asyncio.run(ask_all(policy, ["x" * 100]))
+    room["tokens"] = 60
+    (reply,) = asyncio.run(ask_all(policy, ["why"]))
+    check_replies(model.model, TOKENIZER, [user("why")], [reply], 4)
+    room["tokens"] = -1  # what fails without the cache, too, is not tried for ever
+    (error,) = asyncio.run(ask_all(policy, ["why"]))
+    assert str(error) == "out of memory"
+
+
 def test_conversations_that_are_not_kept_are_read_again():
     model = tiny_model()
     policy = LocalPolicy(model, TOKENIZER, max_new_tokens=4, cache_tokens=0)
