@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
@@ -68,6 +69,8 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _begin() -> None:
+    # An interrupt goes to all processes of a notebook: this one then ends at once and without a word of its own.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
     torch.set_num_threads(1)
     disable_progress_bar()  # of weights being read and written: several at once are noise
     threading.Thread(target=_end_with_parent, daemon=True).start()

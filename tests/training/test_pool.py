@@ -89,3 +89,20 @@ def test_no_process_outlives_a_killed_parent(tmp_path):
     parent.kill()
     parent.wait()
     assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_an_interrupt_ends_the_runs_and_only_the_caller_tells_of_it(tmp_path):
+    program = "from k25lite.training.pool import side_by_side\nimport time\nif __name__ == '__main__':\n"
+    program += "    side_by_side(abs, [1, 2], workers=2, progress=False)\n    print('ready', flush=True)\n"
+    program += "    side_by_side(time.sleep, [60, 60, 60], workers=2, progress=False)"
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, tmp_path / "program.py"]
+    parent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert parent.stdout.readline() == "ready\n"
+    time.sleep(1)
+    os.killpg(parent.pid, signal.SIGINT)  # as a terminal or Jupyter does it: to all processes at once
+    _, told = parent.communicate(timeout=20)
+    assert parent.returncode != 0
+    assert told.count("Traceback") == 1 and told.rstrip().endswith("KeyboardInterrupt"), told
