@@ -105,4 +105,5 @@ def test_an_interrupt_ends_the_runs_and_only_the_caller_tells_of_it(tmp_path):
     os.killpg(parent.pid, signal.SIGINT)  # as a terminal or Jupyter does it: to all processes at once
     _, told = parent.communicate(timeout=20)
     assert parent.returncode != 0
-    assert told.count("Traceback") == 1 and told.rstrip().endswith("KeyboardInterrupt"), told
+    assert told.count("Traceback") == 1, told
+    assert told.rstrip().endswith("KeyboardInterrupt"), told
