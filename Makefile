@@ -21,8 +21,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[game,ray,dev]'
 	@touch $@
 
-reproduce: setup  ## run every notebook (PROFILE=lite) and build the scorecard
-	$(BIN)/k25lite reproduce --profile $(PROFILE)
+reproduce: setup  ## run every notebook (PROFILE=lite, SEEDS=3) and build the scorecard
+	$(BIN)/k25lite reproduce --profile $(PROFILE) $(if $(SEEDS),--seeds $(SEEDS))
 
 # A file of tests stays in one process: its tests share what is slow to make. In order, notebooks come early, which take longest.
 test: setup lint  ## lint, type-check and run the whole test suite
