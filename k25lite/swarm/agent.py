@@ -190,6 +190,7 @@ class Work:
             prompt_tokens=reply.prompt_tokens,
             completion_tokens=reply.completion_tokens,
             cost=reply.cost,
+            **({"reasoning": reply.reasoning} if reply.reasoning else {}),
         )
         account.pay(reply.tokens, reply.cost)
         if last and reply.calls:

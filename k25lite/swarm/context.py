@@ -65,8 +65,9 @@ class Summarise:
 
 def estimate(messages: Sequence[Message]) -> int:
     """About how many tokens these messages are."""
-    calls = (json.dumps(message["tool_calls"]) for message in messages if "tool_calls" in message)
-    return (sum(len(message["content"]) for message in messages) + sum(map(len, calls))) // CHARACTERS_PER_TOKEN
+    words = (len(message["content"]) + len(message.get("reasoning_content", "")) for message in messages)
+    calls = (len(json.dumps(message["tool_calls"])) for message in messages if "tool_calls" in message)
+    return (sum(words) + sum(calls)) // CHARACTERS_PER_TOKEN
 
 
 def _head(messages: Sequence[Message]) -> list[Message]:

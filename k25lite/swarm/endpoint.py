@@ -147,11 +147,12 @@ class OpenAIPolicy:
         content, calls = message.get("content"), tuple(map(_call, message.get("tool_calls") or ()))
         read, written = (int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
         refusal = message.get("refusal") or _text(content, "refusal")
+        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
         # Told as refusals, not raised: they have been paid for all the same.
         if not refusal and (finish == "content_filter" or (finish == "length" and not calls)):
             refusal = f"cut off after {written} tokens ({finish})"
         cost = (self.price[0] * read + self.price[1] * written) / 1e6
-        return Reply(_text(content, "text"), calls, str(refusal), read, written, cost)
+        return Reply(_text(content, "text"), calls, str(refusal), read, written, cost, reasoning)
 
 
 def _text(content: Any, kind: str) -> str:

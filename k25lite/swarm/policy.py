@@ -49,6 +49,7 @@ class Reply:
     Attributes:
         refusal: why the model would not answer.
         cost: of this step, in US dollars.
+        reasoning: what it thought before; endpoints that tell it want it back, with the calls that it led to.
 
     Raises:
         ValueError: words that are no text, or tokens or cost that no account could be kept of.
@@ -60,10 +61,11 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+    reasoning: str = ""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.content, str) and isinstance(self.refusal, str)):
-            raise ValueError(f"a reply's words are text, got {self.content!r} and {self.refusal!r}")
+        if not all(isinstance(words, str) for words in (self.content, self.refusal, self.reasoning)):
+            raise ValueError(f"a reply's words are text, got {self.content!r}, {self.refusal!r}, {self.reasoning!r}")
         read, written, cost = self.prompt_tokens, self.completion_tokens, self.cost
         whole = isinstance(read, int) and isinstance(written, int)
         if not (whole and 0 <= read < LARGEST and 0 <= written < LARGEST and 0 <= cost < LARGEST):
@@ -77,6 +79,8 @@ class Reply:
     def message(self) -> Message:
         """As it stands in the conversation."""
         message: Message = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
         if self.calls:
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.as_json}}

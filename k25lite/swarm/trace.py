@@ -7,7 +7,7 @@ Every event has `t` (seconds since the run began, without the time between a kil
 - `subagent`: the call `path` made the sub-agent `name` with `system_prompt` and `tools`.
 - `assign`: `path` begins to work for `parent` as `agent` on `prompt`; `attempt` counts from 1.
 - `step`: `path` took its step number `step`, which `began` at: `content`, `calls` [id, name, arguments], `refusal`,
-  `prompt_tokens`, `completion_tokens`, `cost`.
+  `prompt_tokens`, `completion_tokens`, `cost`, and `reasoning` if there was any.
 - `observation`: what `path` was told of call `index` of its step `step`: `tool`, `began`, `content`; not of a sub-agent
   made or an assignment ended, which events of their own tell.
 - `context`: `path` shortened its context before step `step`: `kept` messages of `of`.
@@ -328,4 +328,4 @@ def parse(line: bytes, path: str | os.PathLike[str] | None) -> Event:
 def _reply(event: Event) -> Reply:
     calls = tuple(ToolCall(*call) for call in event["calls"])
     fields = ("content", "refusal", "prompt_tokens", "completion_tokens", "cost")
-    return Reply(calls=calls, **{name: event[name] for name in fields})
+    return Reply(calls=calls, reasoning=event.get("reasoning", ""), **{name: event[name] for name in fields})

@@ -89,6 +89,7 @@ def test_without_a_system_prompt_the_task_alone_is_kept():
 def test_the_estimate_counts_words_and_calls():
     reply = Reply("12345678", (call("f", x=1),))
     assert estimate([{"role": "user", "content": "1234"}, Reply("12345678").message]) == 3
+    assert estimate([Reply("1234", reasoning="12345678").message]) == 3
     assert estimate([reply.message]) == (8 + len(json.dumps(reply.message["tool_calls"]))) // 4
 
 

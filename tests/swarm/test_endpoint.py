@@ -200,13 +200,43 @@ def tool_call(name="add", arguments: object = '{"a": 2}', **fields):
         (completion({"tool_calls": [tool_call(id=None)]}), Reply("", (ToolCall("", "add", '{"a": 2}'),))),
         (completion({"tool_calls": [{"function": {"name": "f"}}]}), Reply("", (ToolCall("", "f", "{}"),))),
         (completion({"content": "4", "tool_calls": []}), Reply("4")),
+        (completion({"content": "4", "reasoning_content": "2 and 2"}), Reply("4", reasoning="2 and 2")),
+        (completion({"content": "4", "reasoning": "2 and 2"}), Reply("4", reasoning="2 and 2")),
+        (completion({"content": "4", "reasoning_content": None}), Reply("4")),
     ],
 )
 def test_replies(body, expected):
     with endpoint(answer(body)) as server:
         reply = ask(server.policy())
     assert (reply.content, reply.calls, reply.refusal) == (expected.content, expected.calls, expected.refusal)
+    assert reply.reasoning == expected.reasoning
     assert (reply.prompt_tokens, reply.completion_tokens) == (1000, 10)
+
+
+def test_reasoning_is_sent_back_with_its_calls_also_by_a_run_that_is_resumed(tmp_path):
+    """Kimi K2.5 refuses calls in a history that come without what it thought before them."""
+    thought = completion({"content": "", "reasoning_content": "add first", "tool_calls": [tool_call(arguments="{}")]})
+    path = tmp_path / "trace.jsonl"
+
+    async def add() -> int:
+        """Add."""
+        return 4
+
+    def run(server):
+        trace = Trace(path)
+        result = Orchestrator(server.policy(retries=0), [add]).run_sync("2 + 2 = ?", trace)
+        trace.close()
+        return result
+
+    with endpoint(answer(thought), answer(FOUR)) as server:
+        assert run(server).answer == "4"
+    (told,) = (message for message in server.bodies[1]["messages"] if message["role"] == "assistant")
+    assert told["reasoning_content"] == "add first"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]))  # killed before the second step
+    with endpoint() as again:
+        assert run(again).answer == "4"
+    assert again.bodies == [server.bodies[1]]
 
 
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None}])
@@ -231,6 +261,7 @@ def test_an_endpoint_need_not_count(usage):
         {"choices": [{}]},
         {"choices": [{"message": None}]},
         completion({"content": 4}),
+        completion({"content": "4", "reasoning": ["2 and 2"]}),
         completion({"content": {"text": "4"}}),
         completion({"content": ["4"]}),
         completion({"content": [{"type": "text", "text": None}]}),
