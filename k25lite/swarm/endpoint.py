@@ -87,7 +87,7 @@ class OpenAIPolicy:
         client, places = await self._session(key)
         try:
             async with places:
-                text = await client.post("/chat/completions", body=body, cast_to=str)
+                text = await client.post("/chat/completions", content=_encoded(body), cast_to=str)
         except openai.APIError as error:
             cause = f" {error.__cause__}" if str(error.__cause__ or "") else ""
             failure = f"{error}{cause} (after {error.request.headers.get('x-stainless-retry-count', 0)} retries)"
@@ -153,6 +153,11 @@ class OpenAIPolicy:
             refusal = f"cut off after {written} tokens ({finish})"
         cost = (self.price[0] * read + self.price[1] * written) / 1e6
         return Reply(_text(content, "text"), calls, str(refusal), read, written, cost, reasoning)
+
+
+def _encoded(body: Any) -> bytes:
+    """As JSON; half a surrogate pair, which models and tools write now and then, has no form in UTF-8 and becomes "?"."""
+    return json.dumps(body, ensure_ascii=False).encode(errors="replace")
 
 
 def _text(content: Any, kind: str) -> str:

@@ -164,6 +164,12 @@ def test_nothing_is_sent_that_was_not_asked_for():
     assert server.bodies == [{"model": "tiny", "messages": USER}]
 
 
+def test_half_a_surrogate_pair_is_replaced_and_the_rest_sent_as_it_is():
+    with endpoint() as server:
+        assert ask(server.policy(), [{"role": "user", "content": "half \ud83d, whole 😀"}]).content == "4"
+    assert server.bodies[0]["messages"] == [{"role": "user", "content": "half ?, whole 😀"}]
+
+
 def tool_call(name="add", arguments: object = '{"a": 2}', **fields):
     return {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}} | fields
 
