@@ -65,7 +65,7 @@ class Summarise:
 
 def estimate(messages: Sequence[Message]) -> int:
     """About how many tokens these messages are."""
-    words = (len(message["content"]) + len(message.get("reasoning_content", "")) for message in messages)
+    words = (len(message.get(part) or "") for message in messages for part in ("content", "reasoning_content"))
     calls = (len(json.dumps(message["tool_calls"])) for message in messages if "tool_calls" in message)
     return (sum(words) + sum(calls)) // CHARACTERS_PER_TOKEN
 

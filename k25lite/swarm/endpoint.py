@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import openai
 
+from k25lite.swarm.context import estimate
 from k25lite.swarm.policy import Message, Reply, ToolCall
 from k25lite.swarm.tools import cut
 
@@ -44,7 +45,8 @@ class OpenAIPolicy:
             says; if it says more than two minutes, there is none.
         requests_per_minute: evenly spaced, retries included, in one process. max_concurrent: in one event loop.
         max_tokens: of a reply. temperature: None is the endpoint's own.
-        price: US dollars per million tokens read, and written.
+        price: US dollars per million tokens read, and written. Where an endpoint does not count them, they are estimated
+            (see `context.estimate`), so that limits hold all the same.
         extra: more fields of each request, such as {"reasoning_effort": "low"}.
 
     Raises:
@@ -95,7 +97,7 @@ class OpenAIPolicy:
             failure, text = failure.replace(key, "[key]"), text.replace(key, "[key]")
         if not failure:
             try:
-                return self._reply(json.loads(text))
+                return self._reply(json.loads(text), messages)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 failure = f"malformed reply: {text!r}"
         raise EndpointError(f"{self.model} at {self.base_url}: {cut(failure, 400)}")
@@ -141,18 +143,20 @@ class OpenAIPolicy:
         self._next_turn = turn + 60 / (self.requests_per_minute or 1)
         await asyncio.sleep(turn - now)
 
-    def _reply(self, body: Any) -> Reply:
+    def _reply(self, body: Any, messages: Sequence[Message]) -> Reply:
         choice, usage = body["choices"][0], body.get("usage") or {}
         message, finish = choice["message"], choice.get("finish_reason")
         content, calls = message.get("content"), tuple(map(_call, message.get("tool_calls") or ()))
-        read, written = (int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
         refusal = message.get("refusal") or _text(content, "refusal")
         reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+        text = _text(content, "text")
+        read = int(usage.get("prompt_tokens") or estimate(messages))
+        written = int(usage.get("completion_tokens") or estimate([Reply(text, calls, reasoning=reasoning).message]))
         # Told as refusals, not raised: they have been paid for all the same.
         if not refusal and (finish == "content_filter" or (finish == "length" and not calls)):
             refusal = f"cut off after {written} tokens ({finish})"
         cost = (self.price[0] * read + self.price[1] * written) / 1e6
-        return Reply(_text(content, "text"), calls, str(refusal), read, written, cost, reasoning)
+        return Reply(text, calls, str(refusal), read, written, cost, reasoning)
 
 
 def _encoded(body: Any) -> bytes:

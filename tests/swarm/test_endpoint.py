@@ -247,8 +247,15 @@ def test_reasoning_is_sent_back_with_its_calls_also_by_a_run_that_is_resumed(tmp
 
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None}])
 def test_an_endpoint_need_not_count(usage):
-    with endpoint(answer(completion({"content": "4"}, usage=usage))) as server:
-        assert ask(server.policy(price=(1.0, 1.0))) == Reply("4")
+    """Tokens are then a fourth of the characters, and the limits of a run hold."""
+    with endpoint(answer(completion({"content": "12345678"}, usage=usage))) as server:
+        policy = server.policy(price=(1.0, 1.0))
+        reply = ask(policy, [{"role": "user", "content": "x" * 40}])
+        assert reply == Reply("12345678", prompt_tokens=10, completion_tokens=2, cost=pytest.approx(12e-6))
+    calling = completion({"reasoning": "x" * 400, "tool_calls": [tool_call("no_such_tool")]}, usage=usage)
+    with endpoint(answer(calling)) as server:
+        result = Orchestrator(server.policy(), limits=Limits(tokens=1000)).run_sync("2 + 2 = ?")
+    assert result.reason == "limit of tokens reached"
 
 
 @pytest.mark.parametrize(
