@@ -82,7 +82,7 @@ class OpenAIPolicy:
         Raises:
             EndpointError: no reply after all retries, or a malformed one. ValueError: the key is gone.
         """
-        asked = {"tools": list(tools) or None, "max_tokens": self.max_tokens, "temperature": self.temperature}
+        asked = {"max_tokens": self.max_tokens, "temperature": self.temperature, **_offered(messages, tools)}
         body = {"model": self.model, "messages": list(messages), **asked, **self.extra}
         body = {name: value for name, value in body.items() if value is not None}
         key, failure, text = self._key(), "", ""
@@ -157,6 +157,16 @@ class OpenAIPolicy:
             refusal = f"cut off after {written} tokens ({finish})"
         cost = (self.price[0] * read + self.price[1] * written) / 1e6
         return Reply(text, calls, str(refusal), read, written, cost, reasoning)
+
+
+def _offered(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of a request. Some endpoints refuse calls in a history without tools: those called are then named, none to be used."""
+    if tools:
+        return {"tools": list(tools)}
+    called = [call["function"]["name"] for message in messages for call in message.get("tool_calls") or ()]
+    named = [{"name": name, "parameters": {"type": "object"}} for name in dict.fromkeys(called)]
+    schemas = [{"type": "function", "function": function} for function in named]
+    return {"tools": schemas, "tool_choice": "none"} if schemas else {}
 
 
 def _encoded(body: Any) -> bytes:

@@ -164,6 +164,17 @@ def test_nothing_is_sent_that_was_not_asked_for():
     assert server.bodies == [{"model": "tiny", "messages": USER}]
 
 
+def test_the_last_step_names_the_tools_that_were_called_and_lets_none_be_used():
+    calls = completion({"content": "", "tool_calls": [tool_call(), tool_call("f", id="c2"), tool_call(id="c3")]})
+    with endpoint(answer(calls), answer(FOUR)) as server:
+        assert Orchestrator(server.policy(), own_limits=Limits(steps=2)).run_sync("2 + 2 = ?").answer == "4"
+    first, last = server.bodies
+    assert "tool_choice" not in first
+    assert last["tool_choice"] == "none"
+    assert [tool["function"]["name"] for tool in last["tools"]] == ["add", "f"]
+    assert all(tool["type"] == "function" for tool in last["tools"])
+
+
 def test_half_a_surrogate_pair_is_replaced_and_the_rest_sent_as_it_is():
     with endpoint() as server:
         assert ask(server.policy(), [{"role": "user", "content": "half \ud83d, whole 😀"}]).content == "4"
@@ -251,7 +262,7 @@ def test_an_endpoint_need_not_count(usage):
     with endpoint(answer(completion({"content": "12345678"}, usage=usage))) as server:
         policy = server.policy(price=(1.0, 1.0))
         reply = ask(policy, [{"role": "user", "content": "x" * 40}])
-        assert reply == Reply("12345678", prompt_tokens=10, completion_tokens=2, cost=pytest.approx(12e-6))
+        assert reply == Reply("12345678", prompt_tokens=10, completion_tokens=2, cost=12 / 1e6)
     calling = completion({"reasoning": "x" * 400, "tool_calls": [tool_call("no_such_tool")]}, usage=usage)
     with endpoint(answer(calling)) as server:
         result = Orchestrator(server.policy(), limits=Limits(tokens=1000)).run_sync("2 + 2 = ?")
