@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from k25lite.swarm.policy import Message, Reply
 
@@ -64,10 +65,15 @@ class Summarise:
 
 
 def estimate(messages: Sequence[Message]) -> int:
-    """About how many tokens these messages are."""
-    words = (len(message.get(part) or "") for message in messages for part in ("content", "reasoning_content"))
+    """About how many tokens these messages are, pictures not counted."""
+    words = (_length(message.get(part)) for message in messages for part in ("content", "reasoning_content"))
     calls = (len(json.dumps(message["tool_calls"])) for message in messages if "tool_calls" in message)
     return (sum(words) + sum(calls)) // CHARACTERS_PER_TOKEN
+
+
+def _length(content: Any) -> int:
+    """Characters of a text, of a list of parts, or of nothing."""
+    return len(content) if isinstance(content, str) else sum(len(part.get("text") or "") for part in content or ())
 
 
 def _head(messages: Sequence[Message]) -> list[Message]:

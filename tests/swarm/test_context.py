@@ -89,6 +89,8 @@ def test_without_a_system_prompt_the_task_alone_is_kept():
 def test_the_estimate_counts_words_and_calls():
     reply = Reply("12345678", (call("f", x=1),))
     assert estimate([{"role": "user", "content": "1234"}, Reply("12345678").message]) == 3
+    parts = [{"type": "text", "text": "12345678"}, {"type": "image_url", "image_url": {"url": "data:image/jpeg;..."}}]
+    assert estimate([{"role": "user", "content": parts}, {"role": "assistant", "content": None}]) == 2
     assert estimate([Reply("1234", reasoning="12345678").message]) == 3
     assert estimate([reply.message]) == (8 + len(json.dumps(reply.message["tool_calls"]))) // 4
 
