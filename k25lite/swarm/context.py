@@ -15,7 +15,8 @@ from k25lite.swarm.policy import Message, Reply
 
 Ask = Callable[[Sequence[Message]], Awaitable[Reply]]
 # Gets the messages and a way to ask the policy (a step like any other, without tools); returns the same list, or a shorter
-# one. It decides by the messages alone, so that a resumed run goes the same way; before a last step it is not asked.
+# one. It decides by the messages alone, so that a resumed run goes the same way. It is not asked before the last step of
+# the agent or of the run; that tokens or money will end is known to nobody before.
 Context = Callable[[list[Message], Ask], Awaitable[list[Message]]]
 CHARACTERS_PER_TOKEN = 4  # where no tokenizer is at hand
 

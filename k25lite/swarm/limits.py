@@ -62,6 +62,16 @@ class Account:
         Raises:
             Exceeded: this account, or one that pays along, has nothing left; then none has counted it.
         """
+        is_last = self.is_last_step()
+        self.pay(0, 0.0, 1)
+        return is_last
+
+    def is_last_step(self) -> bool:
+        """Whether the step to come is the last one, by the steps of this account and of those that pay along.
+
+        Raises:
+            Exceeded: there is none to come.
+        """
         account, reserve, is_last = self, 0, False
         while True:
             limits = account.limits
@@ -75,10 +85,8 @@ class Account:
             if limits.money is not None and account.money >= limits.money:
                 raise Exceeded("money")
             if account.parent is None:
-                break
+                return is_last
             account, reserve = account.parent, account.reserve
-        self.pay(0, 0.0, 1)
-        return is_last
 
     def recall(self, tokens: int, money: float) -> None:
         """Count a step that was paid for before a kill; those who pay along know of it already."""

@@ -72,7 +72,9 @@ def test_an_empty_summary_loses_nothing():
 
 
 @pytest.mark.parametrize("context", [Summarise(900, count=characters), DiscardAll(900, count=characters)])
-@pytest.mark.parametrize("limits", [{"own_limits": Limits(steps=4)}, {"limits": Limits(critical_steps=4)}])
+@pytest.mark.parametrize(
+    "limits", [{"own_limits": Limits(steps=4)}, {"limits": Limits(critical_steps=4)}, {"limits": Limits(steps=4)}]
+)
 def test_the_last_step_answers_from_all_that_is_known(context, limits):
     policy = Recorder(9)
     result = run(policy, context, **limits)
