@@ -8,13 +8,12 @@ import os
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from typing import Any
 
 from k25lite.swarm.agent import Result, Work
-from k25lite.swarm.cluster import _left, _work
+from k25lite.swarm.cluster import Lost, Told, elsewhere, work_apart
 
 
 class _Worker:
@@ -48,27 +47,22 @@ class ProcessExecutor:
         self.workers: set[_Worker] = set()
 
     async def __call__(self, work: Work, prompt: str) -> Result:
-        agent = replace(work.agent, limits=_left(work.agent.limits, work.account))
-        began, clock = work.trace.now(), time.time()
+        return await elsewhere(work, prompt, self._send)
+
+    async def _send(self, *assignment: Any) -> Told:
         worker = self.idle.pop() if self.idle else _Worker()
         self.workers.add(worker)
         try:
-            task = worker.pool.submit(_work, agent, prompt, work.path, work.critical_left)
-            result, events, started = await asyncio.wrap_future(task)
+            told = await asyncio.wrap_future(worker.pool.submit(work_apart, *assignment))
         except BaseException as error:
             self.workers.discard(worker)
             has_died = isinstance(error, BrokenExecutor)
             await asyncio.to_thread(worker.end, not has_died)
             if has_died:
-                return work.result(reason="worker: the process died")
+                raise Lost("the process died") from error
             raise
         self.idle.append(worker)
-        for event in events:
-            for moment in {"t", "began"} & event.keys():
-                event[moment] = round(began + max(started - clock, 0.0) + event[moment], 6)
-            work.trace.write(event.pop("event"), **event)
-        work.account.pay(result.tokens, result.cost, result.steps)
-        return result
+        return told
 
     def close(self) -> None:
         """End all processes."""

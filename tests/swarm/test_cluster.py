@@ -1,14 +1,17 @@
 """The same swarm on Ray: the same results and the same trace, and a worker that dies costs one assignment."""
 
+import asyncio
 import os
 import signal
 import sys
 import time
+from functools import partial
 
 import pytest
+from scripts import LOOK, look, of_kind
 
 from k25lite.swarm import Limits, Orchestrator, Reply, ScriptedPolicy, Trace, call
-from k25lite.swarm.cluster import RayExecutor
+from k25lite.swarm.cluster import RayExecutor, elsewhere, work_apart
 from k25lite.swarm.critical import summarise
 
 ray = pytest.importorskip("ray", reason="needs ray")
@@ -113,3 +116,35 @@ def test_limits_of_the_run_end_what_works_elsewhere(executor):
 def test_only_the_orchestrator_spawns(executor):
     swarm = Orchestrator(boss_of(["1"]), sub_policy=worker, team={"max_depth": 2}, executor=executor)
     assert "max_depth must be 1" in swarm.run_sync("go").answer
+
+
+async def apart(work, prompt):
+    """An executor for whose workers other accounts do not exist, in threads."""
+    return await elsewhere(work, prompt, partial(asyncio.to_thread, work_apart))
+
+
+@pytest.mark.parametrize(
+    ("limits", "taken"),
+    [(Limits(steps=9), [6]), (Limits(money=0.7), [5]), (Limits(tokens=70), [5]), (Limits(steps=9, money=0.5), [3])],
+)
+def test_an_assignment_has_what_the_run_has_left_and_does_not_begin_with_nothing(limits, taken):
+    """Two agents that never end, one after the other: the second finds nothing left, and one step is the orchestrator's."""
+    restless = ScriptedPolicy(lambda messages: Reply(calls=(call(LOOK),), prompt_tokens=10, cost=0.1))
+    team, trace = {"max_parallel": 1}, Trace()
+    paid = [Reply("", reply.calls, prompt_tokens=10, cost=0.1) for reply in (made(), made(2))]
+    swarm = Orchestrator(
+        ScriptedPolicy([*paid, "answer"]), [look], sub_policy=restless, limits=limits, team=team, executor=apart
+    )
+    result = swarm.run_sync("go", trace)
+    ends = of_kind(trace.events, "result")
+    assert [end["steps"] for end in ends] == [*taken, 0]
+    assert all(end["reason"].startswith("limit of ") for end in ends)
+    if limits.money is None and limits.tokens is None:
+        assert result.answer == "answer"
+
+
+def made(assignments=0):
+    """The reply that makes an agent, or sets it to work so often."""
+    if not assignments:
+        return Reply(calls=(call("create_subagent", name="a", system_prompt="Look."),))
+    return Reply(calls=tuple(call("assign_task", agent="a", prompt="look") for _ in range(assignments)))
