@@ -160,7 +160,7 @@ class OpenAIPolicy:
 
 
 def _offered(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of a request. Some endpoints refuse a history of calls without tools: those called are then named, none to be used."""
+    """Of a request. Some endpoints refuse calls in a history without tools, so those called are named, and none allowed."""
     if tools:
         return {"tools": list(tools)}
     called = [call["function"]["name"] for message in messages for call in message.get("tool_calls") or ()]

@@ -114,11 +114,21 @@ class Orchestrator:
                 its sub-agents did is recalled, and assignments that ended are not worked on again.
 
         Raises:
-            ValueError: the trace is of another task, or of a run that has ended, or has been used.
+            ValueError: the trace is of another task, or of a run that has ended, or has been used, or is being written.
             TraceError: the trace cannot be written.
         """
         trace = Trace() if trace is None else trace
         trace.begin(task, _given(self.limits))
+        try:
+            return await self._run(task, trace)
+        finally:
+            trace.release()
+
+    def run_sync(self, task: str, trace: Trace | None = None) -> Result:
+        """`run`, where no event loop is running."""
+        return asyncio.run(self.run(task, trace))
+
+    async def _run(self, task: str, trace: Trace) -> Result:
         total, seconds = Account(self.limits), self.limits.seconds
         total.pay(*trace.used)
         account, run = Account(self.agent.limits, total), _Run(self.team, self.executor, trace, total)
@@ -134,10 +144,6 @@ class Orchestrator:
         trace.write("end", **result.fields())
         trace.flush()
         return result
-
-    def run_sync(self, task: str, trace: Trace | None = None) -> Result:
-        """`run`, where no event loop is running."""
-        return asyncio.run(self.run(task, trace))
 
 
 class RareCollection:

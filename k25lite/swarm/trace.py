@@ -29,6 +29,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -135,7 +136,7 @@ class Trace:
         self._file: BinaryIO | None = None
         self._error: OSError | None = None
         self._is_taken = False
-        self._whole = self._recalled = 0  # bytes, and nanoseconds
+        self._size = self._whole = self._recalled = 0  # bytes, those of whole lines, and nanoseconds
         self._origin = time.perf_counter_ns()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,8 @@ class Trace:
     def begin(self, task: str, limits: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: the trace holds the run of another task, or one that has ended, or has been begun already.
+            ValueError: the trace holds the run of another task, or one that has ended, or has been begun already, or
+                another process writes it, or has since it was opened.
             TraceError: it cannot be written.
         """
         if self._is_taken:
@@ -162,6 +164,8 @@ class Trace:
             raise ValueError(f"{self.path} is the trace of another task: {self.task[:80]!r}")
         if self.ended:
             raise ValueError(f"{self.path} is the trace of a run that has ended: remove it to run again")
+        if self._file is not None:
+            self._claim()
         self._is_taken = True
         self._origin = time.perf_counter_ns() - self._recalled
         if self._file is not None:
@@ -172,6 +176,28 @@ class Trace:
         else:
             self.write("resume", at=at)
         self.flush()
+
+    def release(self) -> None:
+        """Others may write the file: the run is over, in whichever way."""
+        if self._file is not None:
+            with suppress(ImportError, OSError):
+                import fcntl
+
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _claim(self) -> None:
+        assert self._file is not None
+        try:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
+        except BlockingIOError:
+            raise ValueError(f"another run writes {self.path}") from None
+        except (ImportError, OSError):  # on Windows, and on file systems that know no locks, nobody notices
+            pass
+        if os.fstat(self._file.fileno()).st_size != self._size:
+            self.release()
+            raise ValueError(f"another run has written {self.path} meanwhile: open it again")
 
     def write(self, event: str, **fields: Any) -> None:
         """
@@ -262,6 +288,7 @@ class Trace:
         assert self.path is not None
         with open(self.path, "rb") as file:  # the other one is not buffered, and reads lines byte by byte
             for line in file:
+                self._size += len(line)
                 is_torn = not line.endswith(b"\n")
                 if is_torn and (self._whole or b'{"t":'.startswith(line[:5])):
                     return

@@ -36,7 +36,7 @@ def test_the_schema_is_what_is_written(tmp_path):
         if prompt in looked:
             return "ok"
         looked.add(prompt)
-        return Reply(calls=(call(LOOK),))
+        return Reply(calls=(call(LOOK),), reasoning="look first")
 
     def run():
         team = {"context": DiscardAll(1), "retries": 1}
@@ -51,9 +51,10 @@ def test_the_schema_is_what_is_written(tmp_path):
     run()
     schema, seen = documented(), set()
     for event in lines(path):
-        assert set(event) == {"t", "event"} | schema[event["event"]], event
-        seen.add(event["event"])
-    assert seen == set(schema)
+        optional = {"reasoning"} - set(event)
+        assert set(event) == {"t", "event"} | schema[event["event"]] - optional, event
+        seen |= {event["event"], *({"reasoning"} & set(event))}
+    assert seen == {*schema, "reasoning"}
 
 
 def test_events_come_in_the_order_of_what_they_tell(tmp_path):
@@ -371,6 +372,42 @@ def test_another_task_or_an_ended_run_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="has ended"):
         run.run_sync("task", Trace(path))
     assert path.read_bytes() == ended
+
+
+WRITES_FOR_A_MINUTE = """
+import asyncio, sys
+from k25lite.swarm import Orchestrator, ScriptedPolicy, Trace
+print("opened", flush=True)
+Orchestrator(ScriptedPolicy(["end"], 60)).run_sync("task", Trace(sys.argv[1], (lambda event: print("begun", flush=True),)))
+"""
+
+
+def test_two_processes_do_not_write_one_trace(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    run, early = Orchestrator(ScriptedPolicy(["end"])), Trace(path)
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITES_FOR_A_MINUTE, path], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() + other.stdout.readline() == "opened\nbegun\n"
+        written = path.read_bytes()
+        with pytest.raises(ValueError, match=f"another run writes {path}"):
+            run.run_sync("task", Trace(path))
+        assert path.read_bytes() == written
+        other.kill()
+    with pytest.raises(ValueError, match="another run has written"):
+        run.run_sync("task", early)
+    assert run.run_sync("task", Trace(path)).done
+
+
+def test_a_run_that_was_interrupted_leaves_its_trace_to_the_next(tmp_path):
+    path, traces = tmp_path / "trace.jsonl", []
+    for script in (lambda messages: (_ for _ in ()).throw(KeyboardInterrupt), ["end"]):
+        traces.append(Trace(path))  # a notebook keeps the old one
+        try:
+            result = Orchestrator(ScriptedPolicy(script)).run_sync("task", traces[-1])
+        except KeyboardInterrupt:
+            continue
+    assert result.done
 
 
 def test_a_trace_takes_one_run(tmp_path):
