@@ -169,10 +169,11 @@ def widesearch_score(
     align: Annotated[str | None, typer.Option(help="Maps columns and keys to gold's: module:name.")] = None,
 ) -> None:
     """Score tables against gold, by rows and by items: avg@N, max@N and min@N over the trials of each task."""
-    from k25lite.swarm.widesearch import evaluate, load_responses, load_tasks, plugin
+    from k25lite.swarm.tools import plugin
+    from k25lite.swarm.widesearch import evaluate, load_responses, load_tasks
 
     with one_line_errors():
-        functions = {"judge": plugin(judge), "align": plugin(align)}
+        functions = {role: plugin(name) for role, name in (("judge", judge), ("align", align)) if name}
         report = evaluate(load_tasks(tasks, gold), load_responses(responses), mode.value, **functions)
         typer.echo(report.table())
         if json:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from k25lite.swarm.live import ProgressLine
 from k25lite.swarm.orchestrator import Orchestrator, in_this_loop
 from k25lite.swarm.policy import Policy
 from k25lite.swarm.timeline import timeline
+from k25lite.swarm.tools import plugin
 from k25lite.swarm.trace import Trace
 
 
@@ -34,7 +34,7 @@ def run(
     Raises:
         ValueError: no such tool, or what `Orchestrator` and its policy refuse.
     """
-    functions = [_function(name) for name in tools]
+    functions = [plugin(name) for name in tools]
     executor: Any = in_this_loop
     if ray is not None:
         from k25lite.swarm.cluster import RayExecutor
@@ -71,15 +71,3 @@ def _policy(backend: str, model: str, base_url: str | None) -> Policy:
         return LocalPolicy(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
     except OSError as error:
         raise ValueError(f"no model {model}: {str(error).splitlines()[0]}") from error
-
-
-def _function(name: str) -> Callable[..., Any]:
-    """
-    Raises:
-        ValueError: there is no such function.
-    """
-    module, _, function = name.partition(":")
-    try:
-        return getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"no tool {name!r}, which is to be module:function ({error})") from error

@@ -9,11 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib import import_module
+from operator import attrgetter
 from typing import Annotated, Any, NotRequired, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -160,6 +164,21 @@ def is_cancelled() -> bool:
     """Whether a CancelledError comes from outside. Policies and tools can raise their own."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def plugin(name: str) -> Callable[..., Any]:
+    """A function of the user's, named as module:function; modules of the working folder come first.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    if (here := os.getcwd()) not in sys.path[:1]:
+        sys.path.insert(0, here)  # a console script has its own folder there
+    module, _, function = name.partition(":")
+    try:
+        return attrgetter(function)(import_module(module))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"no function {name!r}, which is to be module:function ({error})") from error
 
 
 def describe(error: BaseException) -> str:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from pkgutil import resolve_name
 from textwrap import shorten
 from typing import Any, Literal
 
@@ -312,15 +311,3 @@ def evaluate(
     columns = ["instance_id", "trial", "note"]
     notes = [{name: row[name] for name in columns} for row in rows if row["note"]]
     return Report(mode, len(trials), averages, frame.drop(columns="note").to_dict("records"), notes)
-
-
-def plugin(name: str | None) -> Callable[..., Any] | None:
-    """A judge or aligner, named as module:function.
-
-    Raises:
-        ValueError: there is no such function.
-    """
-    try:
-        return None if name is None else resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"no function {name!r}, which is to be module:function ({error})") from error

@@ -47,6 +47,15 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(arguments, mes
     assert not list(tmp_path.iterdir())
 
 
+def test_tools_of_the_working_folder_are_found(tmp_path):
+    (tmp_path / "my_tools.py").write_text('def population(country: str) -> int:\n    """Look it up."""\n    return 1\n')
+    arguments = ["swarm", "q", "--tool", "my_tools:population", "--base-url", "no-url"]
+    failed = k25lite(*arguments, cwd=tmp_path)
+    assert failed.returncode == 2
+    assert "base_url" in failed.stderr, "which is looked at once the tool is there"
+    assert "my_tools" in k25lite(*arguments, cwd=tmp_path.parent).stderr
+
+
 def test_a_failing_notebook_is_exit_code_1_and_named(tmp_path):
     (tmp_path / "notebooks").mkdir()
     broken = json.loads((ROOT / "notebooks" / "01_moonvit3d.ipynb").read_text())

@@ -64,8 +64,9 @@ def test_a_run_without_an_answer_says_why(scripted, tmp_path):
     ("arguments", "message"),
     [
         ([], "give a question"),
-        (["q", "--tool", "nowhere:nothing"], "no tool 'nowhere:nothing'"),
-        (["q", "--tool", "platform"], "no tool 'platform'"),
+        (["q", "--tool", "nowhere:nothing"], "no function 'nowhere:nothing'"),
+        (["q", "--tool", "platform"], "no function 'platform'"),
+        (["q", "--tool", ".:platform"], "no function '.:platform'"),
         (["q", "--tool", "os.path:join"], "join"),
         (["q", "--task", "no-such-file"], "no-such-file"),
         (["q", "--max-parallel", "0"], "room for one assignment"),
