@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import typer
@@ -37,7 +38,7 @@ class Scoring(StrEnum):
 @contextmanager
 def one_line_errors(*failures: type[Exception]) -> Iterator[None]:
     """Bad input ends in one line on stderr and exit code 2, and `failures` in one with exit code 1; not in a traceback."""
-    expected: tuple[type[Exception], ...] = (ValueError, FileNotFoundError, ModuleNotFoundError, *failures)
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, ModuleNotFoundError, *failures)
     try:
         yield
     except expected as error:
@@ -220,7 +221,12 @@ def _measure(room: str, json: Path | None, device: str | None, quick: bool, **mo
     from k25lite.bench import Disagreement
 
     with one_line_errors(Disagreement):
+        if json:
+            json.parent.mkdir(parents=True, exist_ok=True)
+            if json.is_dir():
+                raise ValueError(f"--json is a file, and {json} a folder")
+            TemporaryFile(dir=json.parent).close()  # can anything be written there? Not to be told after minutes
         report = import_module(f"k25lite.{room}.bench").run(device=device, quick=quick, **more)
-    typer.echo(report.table())
-    if json:
-        report.save(json)
+        typer.echo(report.table())
+        if json:
+            report.save(json)

@@ -49,7 +49,7 @@ _SECRET_FORMS = (
 )
 
 
-class TraceError(Exception):
+class TraceError(RuntimeError):
     """The trace cannot be written, so the run must not go on."""
 
 

@@ -37,6 +37,10 @@ def test_help_needs_no_torch_and_gives_examples(command):
         (["reproduce", "99"], "99"),
         (["record", "--out", "{tmp}/x", "--videos", "0"], "videos"),
         (["record", "--out", "{tmp}/x", "--minutes", "-1"], "minutes"),
+        (["swarm", "--task", "{tmp}"], "Is a directory"),
+        (["swarm", "--task", "/dev/null/x"], "Not a directory"),
+        (["bench", "vision", "--json", "{tmp}"], "a folder"),
+        (["bench", "vision", "--json", "/dev/null/x/bench.json"], "Not a directory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(arguments, message, tmp_path):
