@@ -15,7 +15,7 @@ from k25lite.swarm.orchestrator import Orchestrator, in_this_loop
 from k25lite.swarm.policy import Policy
 from k25lite.swarm.timeline import timeline
 from k25lite.swarm.tools import plugin
-from k25lite.swarm.trace import Trace
+from k25lite.swarm.trace import Trace, read_trace
 
 
 def run(
@@ -34,6 +34,8 @@ def run(
     Raises:
         ValueError: no such tool, or what `Orchestrator` and its policy refuse.
     """
+    if ray is not None and backend == "local":
+        raise ValueError("a local model serves the agents of this process: --backend local goes without --ray")
     functions = [plugin(name) for name in tools]
     executor: Any = in_this_loop
     if ray is not None:
@@ -50,6 +52,9 @@ def run(
     path = path or Path("runs", "swarm", f"{datetime.now():%Y%m%d-%H%M%S}.jsonl")
     progress = ProgressLine()
     trace = Trace(path, listeners=(progress,))
+    if trace.task is not None and not trace.ended:
+        for event in read_trace(path):  # what is told of the rest counts from there
+            progress(event)
     try:
         return orchestrator.run_sync(task, trace)
     finally:
@@ -63,11 +68,14 @@ def _policy(backend: str, model: str, base_url: str | None) -> Policy:
         from k25lite.swarm.endpoint import OpenAIPolicy
 
         return OpenAIPolicy(model, base_url)
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from k25lite.swarm.local import LocalPolicy
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return LocalPolicy(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        return LocalPolicy(AutoModelForCausalLM.from_pretrained(model), tokenizer, device=device)
     except OSError as error:
         raise ValueError(f"no model {model}: {str(error).splitlines()[0]}") from error

@@ -46,6 +46,16 @@ def test_a_question_gets_an_answer_a_trace_and_a_timeline(scripted, tmp_path):
     assert "has ended" in again.stderr
 
 
+def test_progress_goes_on_where_the_run_was_killed(scripted, tmp_path):
+    trace = tmp_path / "run.jsonl"
+    swarm("Which machine?", "--tool", "platform:machine", "--trace", trace)
+    trace.write_text("".join(trace.read_text().splitlines(keepends=True)[:-2]))
+    again = swarm("Which machine?", "--tool", "platform:machine", "--trace", trace)
+    assert again.exit_code == 0
+    assert "2 assigned  0 running  2 done  0 failed  5 critical steps" in again.stderr
+    assert "-" not in again.stderr.partition("trace:")[0]
+
+
 def test_the_question_may_stand_in_a_file(scripted, tmp_path):
     (tmp_path / "task.txt").write_text("Which machine?")
     result = swarm("--task", tmp_path / "task.txt", "--trace", tmp_path / "run.jsonl")
@@ -72,6 +82,7 @@ def test_a_run_without_an_answer_says_why(scripted, tmp_path):
         (["q", "--max-parallel", "0"], "room for one assignment"),
         (["q", "--budget", "0"], "above 0"),
         (["q", "--base-url", "nonsense"], "base_url"),
+        (["q", "--backend", "local", "--ray", "local"], "goes without --ray"),
         (["q", "--backend", "local", "--model", "/no/such/model"], "no model /no/such/model"),
     ],
 )
