@@ -265,7 +265,7 @@ class LearnedPolicy:
         acts = await self._acts(book.dialogue)
         if acts[0] == ANSWER:
             rows, reply = await self._rows(book)
-            return replace(reply, content=book.question.table(rows), calls=())
+            return replace(_with_use_of(note, reply), content=book.question.table(rows), calls=())
         if acts[-1] == READ and book.own and book.left and not note.tokens:
             note = await self.worker(book.assignment(ahead=True), tools)
         last = note.content.rpartition("\n")[2] if acts[-1] == READ else ""
@@ -277,14 +277,14 @@ class LearnedPolicy:
         return self.decide(dialogue.observations[-1])
 
     async def _rows(self, book: Book) -> tuple[dict[str, list[str]], Reply]:
-        """All rows that came back or were read; and what the frozen sub-agent said about its own, with its tokens."""
+        """All rows that came back or were read; and what the frozen sub-agent said about its own, with all its tokens."""
         rows, reply = dict(book.rows), Reply()
         if book.own:
             reply = await self.worker(book.assignment(), [])
             if reply.calls:  # the last step came before it was done with the last name
                 book.own.pop()
                 del book.reading[book.last_began :]
-                reply = await self.worker(book.assignment(), []) if book.own else Reply()
+                reply = _with_use_of(reply, await self.worker(book.assignment(), []) if book.own else Reply())
             rows |= {name: cells for name, cells in rows_of(reply.content).items() if name in book.own}
         return rows, reply
 
@@ -307,6 +307,12 @@ class LearnedPolicy:
             else:
                 continue
             yield ToolCall(f"{step}.{place} {act}", TOOLS.get(act, "assign_task"), json.dumps(given))
+
+
+def _with_use_of(before: Reply, reply: Reply) -> Reply:
+    """The reply, at the price of both: one step may take several replies of the frozen sub-agent."""
+    read, written = before.prompt_tokens + reply.prompt_tokens, before.completion_tokens + reply.completion_tokens
+    return replace(reply, prompt_tokens=read, completion_tokens=written, cost=before.cost + reply.cost)
 
 
 TOOLS = {CREATE: "create_subagent", SEARCH: "search", READ: "read"}

@@ -1,6 +1,7 @@
 """The orchestrator policy on the real runtime: the same acts cost and bring what the simulator says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -129,6 +130,28 @@ def test_what_the_orchestrator_reads_is_worked_on_in_a_conversation_of_its_own()
     assert [m["content"] for m in seen[-1] if m["role"] == "tool"][::2] == [
         f"year 4 . {name} eats figs ." for name in (one, four, five)
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "budget"),
+    [
+        ([(SEARCH,), (READ,), (READ,)], 100),  # asked for a note, and then for the rows
+        ([(SEARCH,), (READ,), (READ,)], 7),  # the rows are asked for twice: the second name was not looked up
+        ([(SEARCH,), (READ,), (CREATE, "assign:2", READ), (READ,)], 100),
+    ],
+)
+def test_every_reply_of_the_worker_is_counted(steps, budget):
+    spent, steady = [], steady_worker(3)
+
+    async def counting(messages, tools):
+        spent.append(len(messages))
+        return replace(await steady(messages, tools), prompt_tokens=len(messages), completion_tokens=1, cost=0.5)
+
+    policy = LearnedPolicy(Recited(steps), counting, 3.0, Budget(budget))
+    limits = Limits(steps=budget)
+    result = Orchestrator(policy, tools(Shelf(8)), sub_policy=counting, own_limits=limits).run_sync(QUERY)
+    assert result.done
+    assert (result.tokens, result.cost) == (sum(spent) + len(spent), 0.5 * len(spent))
 
 
 def test_a_conversation_is_read_as_it_was_written(monkeypatch):
