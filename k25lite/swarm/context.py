@@ -49,7 +49,10 @@ SUMMARISE = (
 
 @dataclass(frozen=True)
 class Summarise:
-    """Once the context is longer than `tokens`, the policy sums it up, in a step of its own, and goes on from there."""
+    """Once the context is longer than `tokens`, the policy sums it up, in a step of its own, and goes on from there.
+
+    With nothing to go on from, it begins again from the task, as with `DiscardAll`.
+    """
 
     tokens: int
     count: Callable[[Sequence[Message]], int] | None = None
@@ -60,8 +63,8 @@ class Summarise:
         if len(messages) == len(head) or (self.count or estimate)(messages) <= self.tokens:
             return messages
         reply = await ask([*messages, {"role": "user", "content": self.prompt}])
-        if not reply.content.strip():
-            return messages
+        if not reply.content.strip():  # asked again, it would say nothing again, in every other step
+            return head
         return [*head, {"role": "user", "content": f"What you found out so far:\n{reply.content}"}]
 
 

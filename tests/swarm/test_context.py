@@ -65,10 +65,11 @@ def test_summarise_takes_a_step_of_its_own():
     assert [e["step"] for e in of_kind(trace.events, "step")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_empty_summary_loses_nothing():
-    policy = Recorder(3, summary=" ")
+def test_an_empty_summary_is_not_asked_for_again():
+    policy = Recorder(4, summary=" ")
     assert run(policy, Summarise(900, count=characters)).answer == "answer"
-    assert len(policy.contexts[-1]) == 2 + 3 * 2
+    assert [context[-1] for context in policy.contexts].count(SUMMARISE) == 1
+    assert policy.contexts[-2:] == [["S", "task"], ["S", "task", "call", LONG]]
 
 
 @pytest.mark.parametrize("context", [Summarise(900, count=characters), DiscardAll(900, count=characters)])
