@@ -52,8 +52,9 @@ class Team:
     retries: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.max_parallel, self.max_assignments, self.max_depth) < 1 or self.retries < 0:
-            raise ValueError(f"a team needs room for one assignment at least, got {self}")
+        for name, least in (("max_parallel", 1), ("max_assignments", 1), ("max_depth", 1), ("retries", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"a team's {name} is {least} or more, got {value}")
 
 
 class Executor(Protocol):

@@ -79,7 +79,7 @@ def test_a_run_without_an_answer_says_why(scripted, tmp_path):
         (["q", "--tool", ".:platform"], "no function '.:platform'"),
         (["q", "--tool", "os.path:join"], "join"),
         (["q", "--task", "no-such-file"], "no-such-file"),
-        (["q", "--max-parallel", "0"], "room for one assignment"),
+        (["q", "--max-parallel", "0"], "max_parallel is 1 or more, got 0\n"),
         (["q", "--budget", "0"], "above 0"),
         (["q", "--base-url", "nonsense"], "base_url"),
         (["q", "--backend", "local", "--ray", "local"], "goes without --ray"),
