@@ -8,9 +8,9 @@ all.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 from transformers import PreTrainedModel
@@ -21,14 +21,14 @@ from k25lite.swarm.learned import LearnedPolicy, Question
 from k25lite.swarm.limits import Limits
 from k25lite.swarm.orchestrator import Orchestrator
 from k25lite.swarm.parl_language import Script
+from k25lite.swarm.parl_live import Tools, judge
 from k25lite.swarm.policy import Message, Policy
 from k25lite.swarm.search import SearchEngine, tools
 from k25lite.swarm.simulator import PUBLISHED, Budget
 from k25lite.swarm.subagent import SUB_LIMITS, rows_of, search_engine
 from k25lite.swarm.tools import run_apart
 from k25lite.swarm.trace import Trace
-from k25lite.swarm.widesearch import Evaluation, Score, score
-from k25lite.swarm.widesearch import Task as Files
+from k25lite.swarm.widesearch import Score
 from k25lite.world.library import Library
 from k25lite.world.wide_tasks import Task
 
@@ -61,13 +61,19 @@ class Arena:
     temperature: float = 1.0
     budget: Budget = PUBLISHED
 
-    def orchestrator(self, system: System) -> Orchestrator:
+    @cached_property
+    def tools(self) -> tuple[Tools, Tools]:
+        """Of orchestrators, and of sub-agents."""
         documents = self.library.documents
+        engines = SearchEngine(documents), search_engine(documents)
+        return tools(engines[0], self.latency_s), tools(engines[1], self.latency_s)
+
+    def orchestrator(self, system: System) -> Orchestrator:
         return Orchestrator(
             LearnedPolicy(system.decide, self.worker, self.steps_of_a_name, self.budget, self.temperature),
-            tools(SearchEngine(documents), self.latency_s),
+            self.tools[0],
             sub_policy=self.worker,
-            sub_tools=tools(search_engine(documents), self.latency_s),
+            sub_tools=self.tools[1],
             limits=Limits(critical_steps=self.budget.steps),
             own_limits=Limits(steps=self.budget.steps),
             context=system.context,
@@ -124,13 +130,6 @@ class Trial:
         """When the rows that had come in were worth so much; None if never."""
         reached = self.curve().query("item_f1 >= @item_f1")
         return None if reached.empty else float(reached.seconds.iloc[0])
-
-
-def judge(task: Task, answer: str) -> Score:
-    """In strict mode, in which no answer beats an honest one."""
-    record = task.record()
-    rules = Evaluation.model_validate(json.loads(record["evaluation"]))
-    return score(Files(record["instance_id"], record["query"], record["language"], rules, task.gold), answer, "strict")
 
 
 def compete(arena: Arena, systems: Iterable[System], tasks: Sequence[Task], together: bool = True) -> list[Trial]:

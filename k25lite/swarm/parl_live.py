@@ -21,7 +21,7 @@ from k25lite.swarm.policy import Policy
 from k25lite.swarm.simulator import PUBLISHED, Budget, Outcome, WideSearch
 from k25lite.swarm.subagent import SUB_LIMITS
 from k25lite.swarm.trace import Trace
-from k25lite.swarm.widesearch import Evaluation, Task, score
+from k25lite.swarm.widesearch import Evaluation, Score, Task, score
 from k25lite.world import wide_tasks
 
 Tools = Sequence[Callable[..., Any]]
@@ -155,7 +155,7 @@ class _Run(LearnedPolicy):
             zip(self.dialogue.observations, self.dialogue.steps, strict=False),
         )
         return Outcome(
-            self.item_f1(),
+            judge(self.task, self.answer).item_f1,
             bool(self.answer),
             sum(event["event"] == "subagent" for event in self.trace.events),
             sum(observation.done for observation in self.dialogue.observations),
@@ -165,9 +165,9 @@ class _Run(LearnedPolicy):
             summary.total_steps,
         )
 
-    def item_f1(self) -> float:
-        """In strict mode, in which no answer beats an honest one."""
-        record = self.task.record()
-        rules = Evaluation.model_validate(json.loads(record["evaluation"]))
-        task = Task(record["instance_id"], record["query"], record["language"], rules, self.task.gold)
-        return score(task, self.answer, "strict").item_f1
+
+def judge(task: wide_tasks.Task, answer: str) -> Score:
+    """In strict mode, in which no answer beats an honest one."""
+    record = task.record()
+    rules = Evaluation.model_validate(json.loads(record["evaluation"]))
+    return score(Task(record["instance_id"], record["query"], record["language"], rules, task.gold), answer, "strict")
