@@ -1,6 +1,6 @@
 """A search engine over given documents, and the tools `search` and `read` over this or any other one.
 
-The engine is SQLite's FTS5 with BM25, in memory or in a file. A web search takes its place by offering the same two methods
+The engine is SQLite's FTS5 with BM25, in memory. A web search takes its place by offering the same two methods
 (see `Engine`); agents notice nothing.
 
 Simplified: words and no operators, English stems, no spelling correction.
@@ -17,8 +17,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from inspect import isawaitable, iscoroutinefunction
-from os import PathLike
-from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from pydantic import Field
@@ -86,46 +84,29 @@ class SearchEngine:
         ['ada']
 
     Args:
-        documents: title -> text. Titles are read without regard to case and spacing. None opens what the file holds.
-        path: a file to keep the index in; by default it is in memory.
+        documents: title -> text. Titles are read without regard to case and spacing.
         page_size: hits on a page. snippet_words: of a snippet, 1 to 64.
 
     Raises:
-        ValueError: two titles that read alike, documents for a file that holds some, none where there is none, a number
-            out of range. OSError: the file cannot be opened.
+        ValueError: two titles that read alike, texts that are none, or a number out of range.
     """
 
-    def __init__(
-        self,
-        documents: Mapping[str, str] | None = None,
-        path: str | PathLike[str] | None = None,
-        page_size: int = 10,
-        snippet_words: int = 16,
-    ):
+    def __init__(self, documents: Mapping[str, str], page_size: int = 10, snippet_words: int = 16):
         if page_size < 1 or not 1 <= snippet_words <= 64:
             raise ValueError("page_size is 1 or more, snippet_words are 1 to 64")
-        if documents is None and (path is None or not Path(path).is_file()):
-            raise ValueError(f"no documents, and no file that holds some: {path}")
-        self.path, self.page_size, self.snippet_words = path, page_size, snippet_words
+        self.page_size, self.snippet_words = page_size, snippet_words
         # One connection for all: a pool of four served 50 threads no faster on two (busy) cores.
         self._lock = threading.Lock()
-        try:
-            self._connection = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None)
-        except sqlite3.OperationalError as error:
-            raise OSError(f"{path}: {error}") from error
+        self._connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         try:
             self._fill(documents)
         except (ValueError, sqlite3.Error) as error:
-            self._connection.close()
-            raise ValueError(f"{path or 'documents'}: {error}") from error
+            raise ValueError(f"documents: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Made anew elsewhere, from the documents or the file."""
-        documents = None if self.path else dict(self._rows("select title, text from document order by id"))
-        return SearchEngine, (documents, self.path, self.page_size, self.snippet_words)
-
-    def __len__(self) -> int:
-        return self._rows("select count(*) from document")[0][0]
+        """Made anew elsewhere, from the documents."""
+        documents = dict(self._rows("select title, text from document order by id"))
+        return SearchEngine, (documents, self.page_size, self.snippet_words)
 
     def search(self, query: str, page: int = 1) -> Found:
         """
@@ -148,10 +129,6 @@ class SearchEngine:
         rows = self._rows("select text from document where key = ?", _key(title))
         return rows[0][0] if rows else None
 
-    def close(self) -> None:
-        with self._lock:
-            self._connection.close()
-
     def _finds(self, match: str) -> bool:
         return bool(self._rows("select 1 from word where word match ? limit 1", match))
 
@@ -159,12 +136,7 @@ class SearchEngine:
         with self._lock, closing(self._connection.execute(statement, values)) as cursor:
             return cursor.fetchall()
 
-    def _fill(self, documents: Mapping[str, str] | None) -> None:
-        is_filled = bool(self._rows("select 1 from sqlite_master where name = 'word'"))
-        if is_filled != (documents is None):
-            raise ValueError("holds documents already" if is_filled else "holds no documents")
-        if documents is None:
-            return
+    def _fill(self, documents: Mapping[str, str]) -> None:
         keys: dict[str, str] = {}
         for title in documents:
             if (other := keys.setdefault(_key(title), title)) != title:
