@@ -57,7 +57,7 @@ class Score:
     Attributes:
         success: 1 if everything is right, else 0.
         row_precision, row_recall, row_f1: of whole rows. item_precision, item_recall, item_f1: of cells.
-        note: why everything is 0, or what was left out; empty if there is nothing to say.
+        note: why everything is 0; empty if there is nothing to say.
     """
 
     success: int = 0
@@ -119,7 +119,7 @@ def score(
 
     Raises:
         ValueError: no such mode; a column needs a judge and there is none; the judge gave something else than a 0 or 1 for
-            each pair; or, in strict mode, a gold row has no key.
+            each pair; or, in strict mode, a gold row has no key, or all are empty.
     """
     if mode not in ("compatible", "strict"):
         raise ValueError(f"no mode {mode!r}; there are compatible and strict")
@@ -168,6 +168,8 @@ def _compatible(task: Task, answer: pd.DataFrame, judge: Judge | None, align: Al
 def _strict(task: Task, answer: pd.DataFrame, judge: Judge | None, align: Align | None) -> Score:
     rules, key, width = task.evaluation, list(task.evaluation.unique_columns), len(task.evaluation.required)
     gold = task.gold[~task.gold.map(tables.is_missing).all(axis=1)]
+    if gold.empty:
+        raise ValueError(f"task {task.instance_id}: all gold rows are empty")
     if gold[key].map(tables.is_missing).all(axis=1).any():
         raise ValueError(f"task {task.instance_id}: a gold row has no key ({', '.join(key)})")
     if len(answer) > (limit := 10 * len(gold) + SPARE_ROWS):
@@ -260,12 +262,10 @@ def _identical(gold: pd.DataFrame, answer: pd.DataFrame, rules: Evaluation) -> b
     return same_shape and bool((gold.sort_values(by).to_numpy() == answer.sort_values(by).to_numpy()).all())
 
 
-def _score(
-    rows: float, items: float, predicted: int, expected: int, width: int, identical: bool = False, note: str = ""
-) -> Score:
+def _score(rows: float, items: float, predicted: int, expected: int, width: int, identical: bool = False) -> Score:
     """From true positives in rows and items, and the numbers of rows of the answer and of gold."""
     by_row, by_item = _ratios(rows, predicted, expected), _ratios(items, predicted * width, expected * width)
-    return Score(int(identical or {*by_row, *by_item} == {1.0}), *by_row, *by_item, note)
+    return Score(int(identical or {*by_row, *by_item} == {1.0}), *by_row, *by_item)
 
 
 def _ratios(right: float, predicted: int, expected: int) -> tuple[float, float, float]:

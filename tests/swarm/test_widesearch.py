@@ -317,6 +317,8 @@ def test_a_gold_row_without_a_key_is_refused_and_an_empty_one_is_none():
     with pytest.raises(ValueError, match="ws_1: a gold row has no key"):
         score(task([["", "1"]]), markdown(FRUIT), "strict")
     assert score(task([*FRUIT, ["", ""]]), markdown(FRUIT), "strict").success == 1
+    with pytest.raises(ValueError, match="ws_1: all gold rows are empty"):
+        score(task([["", ""]]), markdown(FRUIT), "strict")
 
 
 @pytest.mark.parametrize(("rows", "right"), [(140, 1), (141, 0)])
