@@ -147,6 +147,9 @@ class Orchestrator:
         return result
 
 
+NEW_OBJECTS = 50_000  # after which garbage is looked for while runs go on
+
+
 class RareCollection:
     """While runs go on, look for garbage less often; the last one to end leaves things as the first one found them.
 
@@ -154,8 +157,8 @@ class RareCollection:
     every 700 objects and then now and again at all that lives, would take up to a third of its time for that.
     """
 
-    def __init__(self, threshold: int = 50_000):
-        self.threshold, self.runs, self.lock = threshold, 0, threading.Lock()
+    def __init__(self) -> None:
+        self.runs, self.lock = 0, threading.Lock()
         self.before = gc.get_threshold()
 
     def __enter__(self) -> None:
@@ -163,7 +166,7 @@ class RareCollection:
             self.runs += 1
             if self.runs == 1:
                 self.before = first, *others = gc.get_threshold()
-                gc.set_threshold(first and max(first, self.threshold), *others)  # 0 is never
+                gc.set_threshold(first and max(first, NEW_OBJECTS), *others)  # 0 is never
 
     def __exit__(self, *error: object) -> None:
         with self.lock:

@@ -20,15 +20,15 @@ from k25lite.swarm.simulator import Environment, WideSearch
 WINDOW = 512  # tokens that an orchestrator can have before it
 
 
-def make_orchestrator(seed: int, hidden_size: int = 64, layers: int = 2) -> PreTrainedModel:
+def make_orchestrator(seed: int) -> PreTrainedModel:
     """An untrained language model of acts and observations, about 0.1 million parameters."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(TOKENS),
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=layers,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
             max_position_embeddings=WINDOW,

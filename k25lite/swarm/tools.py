@@ -39,8 +39,7 @@ class Tool:
 
     Args:
         function: or method, its parameters annotated; `Annotated[int, Field(description=...)]` describes one to the model.
-            Its docstring describes the tool.
-        name: by default the function's; letters, digits, _ and -, at most 64.
+            Its docstring describes the tool, and its name, of at most 64 letters, digits, _ and -, is the tool's.
         spawns: the function sets agents to work; its keyword-only parameters are not for the model.
 
     Raises:
@@ -48,10 +47,10 @@ class Tool:
             be given by, or of a type that has no schema, or a name that endpoints refuse.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None, spawns: bool = False):
+    def __init__(self, function: Callable[..., Any], spawns: bool = False):
         if not (inspect.isroutine(function) and hasattr(function, "__name__")):
             raise ValueError(f"a tool is a function or a method, got {function!r}")
-        self.function, self.name, self.spawns = function, name or function.__name__, spawns
+        self.function, self.name, self.spawns = function, function.__name__, spawns
         if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", self.name):
             raise ValueError(f"a tool cannot have the name {self.name!r}")
         self.is_async = inspect.iscoroutinefunction(function)
@@ -72,7 +71,7 @@ class Tool:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Made anew from its function elsewhere: validators cannot be pickled."""
-        return Tool, (self.function, self.name, self.spawns)
+        return Tool, (self.function, self.spawns)
 
     def _shape(self) -> Any:
         """A typed dictionary of the parameters; those with a default may be left out."""

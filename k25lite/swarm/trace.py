@@ -92,11 +92,6 @@ class Secrets:
         return {key: self.redact_all(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def redact(text: str) -> str:
-    """`text` without secrets, as they are known now."""
-    return Secrets().redact(text)
-
-
 def encode(event: Event) -> str:
     """One line of JSON. What JSON has no form for is written as text, and half a surrogate pair as its escape."""
     try:
