@@ -1,15 +1,19 @@
 """Training with real sub-agents: the same episodes as simulated ones, where the simulated sub-agents do the same."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from records import NAMES, QUERY, Even, Shelf, Steady, steady_worker
 
+from k25lite.swarm.calibration import Calibration
 from k25lite.swarm.parl import ParlRecipe, draw_tasks, parl
 from k25lite.swarm.parl_language import ANSWER, END, SEARCH, serial, swarm
 from k25lite.swarm.parl_live import LiveEnvironment
+from k25lite.swarm.parl_live_stage import calibrations, steps_of_a_name
 from k25lite.swarm.parl_rollout import make_orchestrator, roll_out
 from k25lite.swarm.parl_stage import demonstrate, imitate, play
 from k25lite.swarm.search import tools
@@ -17,6 +21,7 @@ from k25lite.swarm.simulator import Budget, Simulator, WideSearch
 from k25lite.world.wide_tasks import Task
 
 BUDGET = Budget(40)
+SUBAGENT = Path(__file__).parents[2] / "data/subagent"
 
 
 def task_of(names, instance_id="lite"):
@@ -115,6 +120,12 @@ def test_a_worker_that_breaks_costs_its_episode_and_no_other():
     assert (alone.answered, alone.item_f1) == (False, 0)
     assert team.answered
     assert team.completed == 3
+
+
+def test_the_steps_of_a_name_are_those_of_sub_agents_that_read_all():
+    read, stopped = np.array([[1, 5, 0.9], [1, 5, 0.8]]), np.array([[1, 5, 0.4], [0, 3, 0.0]])
+    assert steps_of_a_name(Calibration((2, 4, 16), (read, read, stopped))) == (2 + 1) / 2
+    assert steps_of_a_name(calibrations(SUBAGENT)[0]) == pytest.approx(1, abs=0.02)
 
 
 def test_no_tasks_are_refused():
