@@ -36,7 +36,8 @@ class Team:
 
     Attributes:
         policy: that of every sub-agent; they do not learn. tools: what they may be given.
-        limits: of each assignment. The last step, and critical step, of the run is kept for those who wait for it.
+        limits: of each attempt at an assignment. The run's last step is kept for the orchestrator, and a critical step for
+            each one who waits; several who work elsewhere (`cluster.py`) do not see each other's steps.
         max_parallel: assignments worked on at the same time, at each depth; the others wait.
         max_assignments: over the whole run. max_depth: 1 lets only the orchestrator set others to work.
         retries: how often a failed assignment is begun again.
@@ -179,7 +180,10 @@ RARE_COLLECTION = RareCollection()
 
 
 class Places:
-    """So many at a time, first come first served; with asyncio's semaphore each release looks at all who wait."""
+    """So many at a time, first come first served.
+
+    With asyncio's semaphore each release passes over all who were let in and have not run yet.
+    """
 
     def __init__(self, count: int):
         self.free = count

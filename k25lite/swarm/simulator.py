@@ -119,7 +119,9 @@ class Budget:
             raise ValueError(f"a budget is 1 or more critical or total steps, got {self}")
 
 
-PUBLISHED = Budget()  # with the model, for wide search
+# With the model, for wide search, 100 steps of the main agent and 100 of each sub-agent are published. These are fewer: 100
+# critical steps in all, out of which the main agent pays for the slowest of its sub-agents.
+PUBLISHED = Budget()
 
 
 class Simulator:
