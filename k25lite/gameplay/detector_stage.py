@@ -30,11 +30,12 @@ from k25lite.gameplay.footage import CHUNK_SECONDS, FRAME_STEP, hide, read_all, 
 from k25lite.gameplay.record import record
 from k25lite.gameplay.scoring import score, write_metrics
 from k25lite.gameplay.spans import Scored, choose_rules, find_spans
-from k25lite.training.cache import PACKAGE, cached
+from k25lite.shipped import shipped
+from k25lite.training.cache import cached
 from k25lite.training.muonclip import MuonClip
 from k25lite.training.vit import mixed_precision, warmup_stable_decay
 
-SHIPPED = PACKAGE.parent / "data" / "detector"  # as the run of `lite` left it
+SHIPPED = shipped("detector")  # as the run of `lite` left it
 TEST_MAPS = MAPS[3::4]
 VALIDATION_MAPS = MAPS[2::8]
 TRAINING_MAPS = tuple(sorted(set(MAPS) - {*TEST_MAPS, *VALIDATION_MAPS}))

@@ -25,6 +25,7 @@ import torch
 from transformers import LlamaConfig
 
 from k25lite.model import K25Lite, K25LiteConfig
+from k25lite.shipped import shipped
 from k25lite.swarm.calibration import measure, measure_alone
 from k25lite.swarm.policy import Message, Reply, call
 from k25lite.swarm.search import Found, SearchEngine, tools
@@ -42,7 +43,7 @@ from k25lite.swarm.subagent import (
     work_prompt,
 )
 from k25lite.swarm.tools import run_apart
-from k25lite.training.cache import PACKAGE, cached
+from k25lite.training.cache import cached
 from k25lite.training.loop import Recipe, train
 from k25lite.training.schedules import LearningRate, Step
 from k25lite.vision import MoonViT3DConfig
@@ -52,7 +53,7 @@ from k25lite.world.library import ATTRIBUTES, UNKNOWN, Library, Shares, state
 from k25lite.world.streams import Row, make_rows
 
 CALIBRATION = "calibration.json"  # in the folder of the stage
-SHIPPED = PACKAGE.parent / "data" / "subagent"  # as `anew` with seed 0 left it
+SHIPPED = shipped("subagent")  # as `anew` with seed 0 left it
 # Seeds of libraries: to learn from, and to be measured with; tasks have theirs below both.
 FIRST_SEED, MEASURED_SEED = 100_000, 200_000
 SHARES = Shares(elsewhere=0.03, updated=0.02)
@@ -101,7 +102,7 @@ def subagent_stage(run: SubagentRun, progress: bool = True) -> Path:
     """The folder of a trained sub-agent and its calibration ("team" and "alone"); if it is trained anew, with its history.
 
     Raises:
-        FileNotFoundError: a profile that takes the shipped sub-agent, outside of a checkout.
+        FileNotFoundError: a profile that takes the shipped sub-agent, and it is missing.
     """
 
     def build(folder: Path) -> None:
@@ -117,7 +118,7 @@ def subagent_stage(run: SubagentRun, progress: bool = True) -> Path:
         size = SIZES[run.profile]
         return cached("subagent", asdict(run) | {"size": asdict(size)}, build)
     if not SHIPPED.is_dir():
-        raise FileNotFoundError(f"no sub-agent in {SHIPPED}: it comes with a checkout; or train one, profile='anew'")
+        raise FileNotFoundError(f"no sub-agent in {SHIPPED}: install k25lite again; or train one, profile='anew'")
     return SHIPPED
 
 

@@ -26,8 +26,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def stages_folder() -> Path:
-    """Where stages are kept: $K25LITE_STAGES, else runs/stages of the checkout."""
-    return Path(os.environ.get("K25LITE_STAGES") or PACKAGE.parent / "runs" / "stages")
+    """Where stages are kept: $K25LITE_STAGES, else runs/stages of the checkout; of the working directory without one."""
+    root = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").exists() else Path.cwd()
+    return Path(os.environ.get("K25LITE_STAGES") or root / "runs" / "stages")
 
 
 def cached(name: str, config: Any, build: Callable[[Path], None]) -> Path:
