@@ -1,7 +1,10 @@
-"""pip (Makefile), conda (environment.yml) and the lock (constraints.txt) must describe one and the same environment."""
+"""pip (Makefile), conda (environment.yml) and the lock (constraints.txt) describe one environment, with every import."""
 
+import ast
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -93,3 +96,31 @@ def test_make_and_conda_install_every_extra_but_those_for_benchmarks():
     assert extras("\n".join(pip_section())) == EXTRAS
     assert set(re.findall(r"--extra (\w+)", makefile)) == EXTRAS  # of `make lock`
     assert PROJECT["optional-dependencies"].keys() >= FOR_BENCHMARKS
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The top-level packages that a module, or a part of it, imports from elsewhere."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"k25lite"}
+
+
+def test_what_the_library_imports_is_declared_and_what_only_an_extra_brings_is_imported_where_it_is_used():
+    """But for the peers of `bench swarm`, which live in an environment of their own."""
+    required = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    declared = required | {canonicalize_name(requirement.name) for requirement in DIRECT}
+    distributions, undeclared = packages_distributions(), []
+    for path in sorted(ROOT.glob("k25lite/**/*.py")):
+        if path.name == "bench_peers.py":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            allowed = declared if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else required
+            for name in imported(node):
+                brought_by = {canonicalize_name(each) for each in distributions.get(name, [name])}
+                if not brought_by & allowed:
+                    undeclared.append(f"{path.relative_to(ROOT)}: {name}")
+    assert undeclared == []
