@@ -305,9 +305,9 @@ def test_killed_recording_leaves_no_game_and_goes_on(how, workers, recording, tm
         games = wait_until(lambda: games_of(out), "a game")
         descendants = games | descendants_of(process.pid)
         process.send_signal(how)
-        assert process.wait(10) == -how
-        wait_until(lambda: not games_of(out), f"the end of the games {games}", seconds=5)
-        wait_until(lambda: not any(map(runs, descendants)), "the end of the workers", seconds=5)
+        assert process.wait(30) == -how
+        wait_until(lambda: not games_of(out), f"the end of the games {games}", seconds=30)
+        wait_until(lambda: not any(map(runs, descendants)), "the end of the workers", seconds=30)
     finally:
         process.kill()
     assert not (out / "manifest.json").exists()

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 import time
 from functools import partial
 
@@ -20,9 +21,12 @@ ray = pytest.importorskip("ray", reason="needs ray")
 @pytest.fixture(scope="module")
 def executor():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
-    executor = RayExecutor()
-    yield executor
-    executor.close()
+    # Its sockets lie here, whose names must be shorter than what pytest has to offer.
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        executor = RayExecutor()
+        yield executor
+        executor.close()
 
 
 def boss_of(tasks):
@@ -52,7 +56,7 @@ async def worker(messages, tools):
             os.kill(os.getpid(), signal.SIGKILL)
         return Reply("survived", completion_tokens=1)
     if task == "sleep":
-        time.sleep(60)
+        time.sleep(600)
     if len(messages) == 2:
         return Reply(calls=(call("double", x=int(task)),), prompt_tokens=10, completion_tokens=2)
     return Reply(messages[-1]["content"], prompt_tokens=20, completion_tokens=1)
@@ -103,13 +107,12 @@ def test_a_retry_begins_it_again(executor, tmp_path):
     assert attempts == [("0.2.0", 1, "failed"), ("0.2.0#2", 2, "done")]
 
 
+@pytest.mark.timeout(240)
 def test_limits_of_the_run_end_what_works_elsewhere(executor):
-    began = time.monotonic()
     swarm = Orchestrator(boss_of(["sleep", "1"]), sub_policy=worker, limits=Limits(seconds=8), executor=executor)
     trace = Trace()
     result = swarm.run_sync("go", trace)
     assert result.reason == "limit of 8 seconds reached"
-    assert time.monotonic() - began < 40
     assert all(a.status != "running" for a in summarise(trace.events).assignments.values())
 
 
