@@ -176,12 +176,21 @@ def test_time_does_not_go_back_where_a_worker_tells_late_what_it_did():
 
 
 def test_who_is_cancelled_is_at_work_again_once_the_run_is_resumed(tmp_path):
+    all_at_work = asyncio.Barrier(6)  # the five of the first step, and who cancels them
+
     async def wait(messages):
+        await all_at_work.wait()
         await asyncio.sleep(3600)
 
+    async def break_off(run):
+        task = asyncio.create_task(run)
+        await all_at_work.wait()
+        task.cancel()
+        await task
+
     path, view = tmp_path / "run.jsonl", View(every=1000.0)
-    with pytest.raises(TimeoutError):
-        asyncio.run(asyncio.wait_for(orchestrator(sub_policy=wait).run("Go.", Trace(path, listeners=(view,))), 0.2))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(break_off(orchestrator(sub_policy=wait).run("Go.", Trace(path, listeners=(view,)))))
     assert (view.assigned, view.failed) == (5, 5)
     view = View(every=1000.0)
     for event in read_trace(path):

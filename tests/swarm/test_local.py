@@ -228,15 +228,24 @@ def test_a_conversation_goes_on_after_one_reply_was_cancelled_and_another_failed
     model = Counted(tiny_model(), fails=lambda ids: bool((ids == bad).any()))
     policy = LocalPolicy(model, TOKENIZER, max_new_tokens=64)
     conversations = [user(text) for text in ("a", "why", "x" * 60)]
+    writing, cancelled = threading.Event(), threading.Event()
+
+    def hold(*_):
+        if model.sizes:  # a batch that does not fail has its first token
+            writing.set()
+            cancelled.wait(60)
+
+    model.model.register_forward_hook(hold)
 
     async def run():
         tasks = [asyncio.create_task(policy(messages, [])) for messages in (*conversations, user("!"))]
-        await asyncio.sleep(0.05)
+        await asyncio.to_thread(writing.wait, 60)
         tasks[0].cancel()
+        cancelled.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    cancelled, *replies, failed = asyncio.run(run())
-    assert isinstance(cancelled, asyncio.CancelledError)
+    gone, *replies, failed = asyncio.run(run())
+    assert isinstance(gone, asyncio.CancelledError)
     assert str(failed) == "out of memory"
     for messages, reply in zip(conversations, (Reply("b"), *replies), strict=True):
         messages += [{"role": "assistant", "content": reply.content}, *user("and?")]

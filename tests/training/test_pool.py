@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from k25lite.training import pool
 from k25lite.training.pool import side_by_side
 
 
@@ -72,7 +73,8 @@ def test_a_process_killed_between_two_calls_is_no_matter():
     ((pid, *_),) = run(where, [1])
     os.kill(pid, signal.SIGKILL)
     psutil.wait_procs([p for p in psutil.Process().children() if p.pid == pid], timeout=10)
-    time.sleep(0.5)  # until the pool has noticed
+    while not pool._pool(2)._broken:  # until the executor has noticed
+        time.sleep(0.01)
     assert run(fail, [1, 2]) == [1, 2]
 
 
@@ -92,18 +94,18 @@ def test_no_process_outlives_a_killed_parent(tmp_path):
 
 
 def test_an_interrupt_ends_the_runs_and_only_the_caller_tells_of_it(tmp_path):
-    program = "from k25lite.training.pool import side_by_side\nimport time\nif __name__ == '__main__':\n"
-    program += "    side_by_side(abs, [1, 2], workers=2, progress=False)\n    print('ready', flush=True)\n"
-    program += "    side_by_side(time.sleep, [60, 60, 60], workers=2, progress=False)"
+    program = "from k25lite.training.pool import side_by_side\nimport time\n"
+    program += "def run(job):\n    open(f'begun_{job}', 'w').close()\n    time.sleep(600)\n"
+    program += "if __name__ == '__main__':\n    side_by_side(run, [1, 2, 3], workers=2, progress=False)"
     (tmp_path / "program.py").write_text(program)
     command = [sys.executable, tmp_path / "program.py"]
     parent = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert parent.stdout.readline() == "ready\n"
-    time.sleep(1)
+    while len(list(tmp_path.glob("begun_*"))) < 2 and parent.poll() is None:
+        time.sleep(0.01)
     os.killpg(parent.pid, signal.SIGINT)  # as a terminal or Jupyter does it: to all processes at once
-    _, told = parent.communicate(timeout=20)
+    _, told = parent.communicate(timeout=60)
     assert parent.returncode != 0
     assert told.count("Traceback") == 1, told
     assert told.rstrip().endswith("KeyboardInterrupt"), told
