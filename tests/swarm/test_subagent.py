@@ -236,5 +236,5 @@ def test_a_stage_leaves_a_policy_that_works_in_the_runtime(tmp_path, monkeypatch
     library = Library(1, people=20)
     policy = subagent_policy(folder, max_new_tokens=20)
     result = run(policy, library, work_prompt([library.people[0].name], ["food"]), steps=3)
-    assert result.status in ("done", "failed")
+    assert not result.reason.startswith("policy: "), result.reason
     assert result.tokens > 0
