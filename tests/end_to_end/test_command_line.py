@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from k25lite.cli import app
 from k25lite.vision import MoonViT3D, MoonViT3DConfig, pack, read_video
 
 ROOT = Path(__file__).parents[2]
@@ -18,17 +19,36 @@ def k25lite(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run([K25LITE, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options)
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["reproduce"], ["record"], ["bench"], ["bench", "vision"], ["bench", "training"]]
-)
-def test_help_needs_no_torch_and_gives_examples(command):
-    shown = k25lite(*command, "--help")
+GROUPS = ("", "bench", "widesearch")
+COMMANDS = ("reproduce", "record", "analyze", "swarm", "widesearch score")
+BENCHES = tuple(f"bench {room}" for room in ("vision", "training", "swarm", "video"))
+
+
+@pytest.mark.parametrize("command", [*GROUPS, *COMMANDS, *BENCHES])
+def test_help_of_every_command_gives_examples(command):
+    shown = k25lite(*command.split(), "--help")
     assert shown.returncode == 0
     assert "Usage" in shown.stdout
-    if command and command != ["bench"]:
-        assert "Example" in shown.stdout
-    code = "import sys, k25lite.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert ("Example" in shown.stdout) == (command not in GROUPS)
+
+
+def test_these_are_all_commands():
+    groups = {"": app, **{group.name: group.typer_instance for group in app.registered_groups}}
+    assert set(groups) == set(GROUPS)
+    named = {
+        f"{group} {command.name or command.callback.__name__}".strip()
+        for group, commands in groups.items()
+        for command in commands.registered_commands
+    }
+    assert named == {*COMMANDS, *BENCHES}
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, k25lite.cli as cli; cli.app(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, "Usage" in ran.stdout) == (0, True), ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -88,10 +108,11 @@ def test_recorded_footage_is_read_packed_and_encoded(tmp_path):
         assert 0 <= event["start"] <= event["end"] <= 6.1
 
 
-def test_the_readme_lines_for_your_own_pictures_and_videos_run(tmp_path):
-    """The code block of the README, on a picture and a clip of those names."""
+@pytest.mark.parametrize(("number", "printed"), [(1, "torch.Size"), (2, "shows")])
+def test_the_readme_lines_for_your_own_pictures_and_videos_run(number, printed, tmp_path):
+    """The first two code blocks of the README, on a picture and a clip of those names; the third needs an endpoint."""
     readme = (ROOT / "README.md").read_text()
-    block = readme.split("```python\n")[1].split("```")[0]
+    block = readme.split("```python\n")[number].split("```")[0]
     assert len(block.strip().splitlines()) <= 6
     shutil.copy(ROOT / "data" / "gameplay" / "gameplay_0000.mp4", tmp_path / "holiday.mp4")
     import skimage.data
@@ -100,4 +121,4 @@ def test_the_readme_lines_for_your_own_pictures_and_videos_run(tmp_path):
     Image.fromarray(skimage.data.chelsea()).save(tmp_path / "cat.jpg")
     ran = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert "torch.Size" in ran.stdout
+    assert printed in ran.stdout
