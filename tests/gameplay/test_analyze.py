@@ -141,7 +141,7 @@ def test_worker_processes_find_what_one_process_does_and_so_does_one_segment(foo
 def test_a_ray_cluster_finds_the_same(footage, analysed, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="needs the extra `ray`: pip install 'k25lite[ray]'")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of the workers
-    with tempfile.TemporaryDirectory() as folder:  # a short name, for Ray's sockets
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a short name, for Ray's sockets
         monkeypatch.setenv("RAY_TMPDIR", folder)
         analyze([footage], tmp_path / "out", model=colour_model, workers=2, ray="local", progress=False)
     assert lines(tmp_path / "out") == lines(analysed)

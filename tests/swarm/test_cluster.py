@@ -22,7 +22,7 @@ ray = pytest.importorskip("ray", reason="needs ray")
 def executor():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     # Its sockets lie here, whose names must be shorter than what pytest has to offer.
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
         executor = RayExecutor()
         yield executor
