@@ -25,8 +25,8 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from .events import BOSS_AREA, BOSSES, MONSTER_AREA, Step
-from .player import BUTTONS, Player, Sight, Sprite
+from k25lite.gameplay.events import BOSS_AREA, BOSSES, MONSTER_AREA, Step
+from k25lite.gameplay.player import BUTTONS, Player, Sight, Sprite
 
 TICS_PER_SECOND = 35
 TICS_PER_FRAME = 4  # 8.75 frames per second: a quarter of the data, and the shortest event still has 8 frames

@@ -38,7 +38,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from tqdm.auto import tqdm
 
-from .doom import (
+from k25lite.gameplay.doom import (
     MAPS,
     TICS_PER_FRAME,
     TICS_PER_SECOND,
@@ -48,7 +48,7 @@ from .doom import (
     remove_leftovers,
     require_vizdoom,
 )
-from .events import STATE, Step, find_events, states
+from k25lite.gameplay.events import STATE, Step, find_events, states
 
 FPS = Fraction(TICS_PER_SECOND, TICS_PER_FRAME)
 # Without B-frames the files are 6 % larger, but with them x264's vectorised code does not write the same bytes each

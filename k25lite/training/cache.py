@@ -86,8 +86,10 @@ def imported(module: Path) -> set[Path]:
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = Path(os.path.relpath(file, PACKAGE.parent)).parts[: -node.level] if node.level else ()
+                origin = ".".join([*above, *([node.module] if node.module else [])])
+                names |= {origin} | {f"{origin}.{alias.name}" for alias in node.names}
         for name in names:
             if name.split(".")[0] == PACKAGE.name:
                 path = PACKAGE.parent.joinpath(*name.split("."))

@@ -27,22 +27,32 @@ def test_built_once_for_a_configuration():
     assert (again / "weights").read_text() == "a"
 
 
-def test_a_change_of_imported_code_makes_a_new_key_and_of_other_code_does_not(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("from k25lite import near", "from k25lite.world.far import x"),
+        ("from . import near", "from .world.far import x"),
+        ("from ..k25lite import near", "from .world import far"),
+    ],
+)
+def test_a_change_of_imported_code_makes_a_new_key_and_of_other_code_does_not(tmp_path, monkeypatch, first, second):
     package = tmp_path / "k25lite"
     (package / "world").mkdir(parents=True)
-    stage, near, far, other = (package / name for name in ("stage.py", "near.py", "world/far.py", "other.py"))
-    stage.write_text("from k25lite import near\n")
-    near.write_text("def f():\n    from k25lite.world.far import x\n")
+    names = ("stage.py", "near.py", "world/far.py", "farther.py", "other.py")
+    stage, near, far, farther, other = (package / name for name in names)
+    stage.write_text(f"{first}\n")
+    near.write_text(f"def f():\n    {second}\n")
+    far.write_text("from ..farther import x\n")
     monkeypatch.setattr(cache, "PACKAGE", package)
 
     def key_with(**texts):
-        far.write_text(texts.get("far", "x = 1\n"))
+        farther.write_text(texts.get("farther", "x = 1\n"))
         other.write_text(texts.get("other", "x = 1\n"))
         cache.code_hash.cache_clear()
         return key({}, stage)
 
     before = key_with()
-    assert key_with(far="x = 2\n") != before
+    assert key_with(farther="x = 2\n") != before
     assert key_with(other="x = 2\n") == before
 
 
