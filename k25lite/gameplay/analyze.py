@@ -150,8 +150,7 @@ def _viewer(
         images = min(IMAGES, budget.images // segments)
         if images < 1:
             raise ValueError(f"{budget.images} images are too few for {segments} segments")
-        policy = OpenAIPolicy(model, base_url, price=budget.price)
-        return RemoteViewer(policy, work, images, budget)
+        return RemoteViewer(OpenAIPolicy(model, base_url), work, images, budget)
     if base_url is not None:
         raise ValueError("base_url is for the backend openai")
     if callable(model):

@@ -54,14 +54,11 @@ class Budget:
     """What an analysis by an endpoint may use; None is no limit. Those who are under way together may go beyond it.
 
     Attributes:
-        images: frames shown over all segments. tokens: read and written. money: US dollars.
-        price: US dollars per million tokens read, and written, to count the money by.
+        images: frames shown over all segments. tokens: read and written.
     """
 
     images: int = 20_000
     tokens: int | None = None
-    money: float | None = None
-    price: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass
@@ -72,7 +69,7 @@ class RemoteViewer:
         policy: the endpoint. work: the folder in which answers are kept.
         images: frames of a segment at most: from as many equally long parts of it, those that differ most from what came
             before.
-        budget: of tokens and money, with what answers that are kept already have cost; in one process.
+        budget: of tokens, with what answers that are kept already have cost; in one process.
     """
 
     policy: OpenAIPolicy
@@ -82,8 +79,7 @@ class RemoteViewer:
 
     def __post_init__(self) -> None:
         answers = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.work.glob("*.json"))]
-        used = [answer["used"] for answer in answers if "used" in answer]
-        self.tokens, self.money = (sum(spent[i] for spent in used) for i in range(2))
+        self.tokens = sum(answer.get("used", 0) for answer in answers)
 
     @property
     def identity(self) -> str:
@@ -137,19 +133,15 @@ class RemoteViewer:
             parts.append({"type": "text", "text": f"{time:.1f} s"})
             parts.append({"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}})
         asked: list[Message] = [{"role": "system", "content": PROMPT}, {"role": "user", "content": parts}]
-        for name, limit, spent in (
-            ("tokens", self.budget.tokens, self.tokens),
-            ("money", self.budget.money, self.money),
-        ):
-            if limit is not None and spent >= limit:
-                raise Exceeded(name)
+        if self.budget.tokens is not None and self.tokens >= self.budget.tokens:
+            raise Exceeded("tokens")
         reply = await self.policy(asked, [])
-        self.tokens, self.money = self.tokens + reply.tokens, self.money + reply.cost
+        self.tokens += reply.tokens
         if reply.refusal:
             raise EndpointError(f"{self.policy.model} refused: {reply.refusal}")
         answer = _read(reply.content, task["video"], start, end)
-        used = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens, "cost": reply.cost}
-        return answer | {"used": [reply.tokens, reply.cost]}, used
+        used = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+        return answer | {"used": reply.tokens}, used
 
     def _pictures(self, path: str, start: float, end: float) -> list[tuple[float, str]]:
         """(seconds, JPEG in base64) of the frames to show."""
