@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from functools import partial
 from os import PathLike, cpu_count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -36,10 +36,13 @@ from k25lite.gameplay.segments import Footage, find_videos, plan, probe
 from k25lite.gameplay.viewer import LocalViewer, Model
 from k25lite.results import write_whole
 from k25lite.swarm.critical import summarise
-from k25lite.swarm.orchestrator import Orchestrator, in_this_loop
+from k25lite.swarm.orchestrator import in_this_loop
 from k25lite.swarm.trace import Event as TraceEvent
 from k25lite.swarm.trace import Trace, read_trace
 from k25lite.vision.media import MediaError
+
+if TYPE_CHECKING:
+    from k25lite.gameplay.detector import Detector
 
 RETRIES = 2  # of a task whose sub-agent failed
 REMOTE_AT_ONCE = 16  # segments with an endpoint at the same time
@@ -98,17 +101,7 @@ def analyze(
             executor = _executor(backend, ray, at_once)
             if hasattr(executor, "close"):
                 stack.callback(executor.close)
-            orchestrator = Orchestrator(
-                director,
-                [director.tool],
-                sub_policy=viewer,
-                sub_tools=(),
-                system_prompt="",
-                max_calls=1_000_000,
-                team={"max_parallel": at_once, "retries": RETRIES},
-                executor=executor,
-            )
-            result = orchestrator.run_sync(task, trace)
+            result = director.orchestrator(viewer, at_once, executor, RETRIES).run_sync(task, trace)
             if not result.done:
                 raise RuntimeError(f"the analysis failed: {result.reason}")
         outcome = director.outcome()
@@ -165,17 +158,18 @@ def _viewer(
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file()):
         digest.update(file.name.encode() + file.read_bytes())
-    return LocalViewer(partial(_load, folder), digest.hexdigest(), work)
+    return LocalViewer(partial(load, folder), digest.hexdigest(), work)
 
 
-def _load(folder: Path) -> Model:
+def load(folder: Path, device: str | None = None) -> Detector:
+    """The detector in a folder; by default on the GPU, if there is one."""
     import torch
     from transformers.utils import logging
 
     from k25lite.gameplay.detector import Detector
 
     logging.disable_progress_bar()
-    return Detector.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    return Detector.from_pretrained(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _executor(backend: str, ray: str | None, workers: int) -> Any:

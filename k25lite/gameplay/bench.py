@@ -38,6 +38,7 @@ import torch
 from transformers.utils import logging
 
 from k25lite.bench import SUBJECT, Disagreement, Report, device_name, devices, median_seconds
+from k25lite.gameplay.analyze import load
 from k25lite.gameplay.bench_readers import (
     PYAV,
     TORCHCODEC,
@@ -53,13 +54,13 @@ from k25lite.gameplay.bench_readers import (
     torchcodec,
 )
 from k25lite.gameplay.detector import Detector, DetectorConfig
-from k25lite.gameplay.director import Director
+from k25lite.gameplay.director import Director, as_task
 from k25lite.gameplay.footage import read_keyframes
 from k25lite.gameplay.record import record
-from k25lite.gameplay.segments import Footage, probe
+from k25lite.gameplay.segments import probe
 from k25lite.gameplay.viewer import LocalViewer, Model, encode
 from k25lite.gameplay.workers import ProcessExecutor
-from k25lite.swarm.orchestrator import Executor, Orchestrator
+from k25lite.swarm.orchestrator import Executor
 from k25lite.swarm.trace import Trace
 
 UNSEEN = "k25lite without the detector"
@@ -115,11 +116,6 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def load(folder: Path, device: str) -> Detector:
-    logging.disable_progress_bar()
-    return Detector.from_pretrained(folder).to(device)
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """As in the workers of an analysis."""
@@ -167,7 +163,7 @@ def coarse(
         Disagreement: not all see as many key frames of each video.
     """
     case = f"coarse pass, {hours(videos):.3g} h"
-    tasks = [as_task(probe(video.path)) for video in videos]
+    tasks = [encode(as_task("coarse", probe(video.path))) for video in videos]
     model = load_model()
 
     def look() -> list[int]:
@@ -186,11 +182,6 @@ def coarse(
     seconds = median_seconds(calls, torch.device("cpu"), seconds=0, rounds=(1, 1) if quick else (3, 3))
     report.add(case, "time", "s", seconds, seconds)
     report.add(case, "time, as a multiple", "times key frames", {SUBJECT: seconds[SUBJECT] / seconds[KEYS]})
-
-
-def as_task(footage: Footage) -> str:
-    task = {"pass": "coarse", "video": footage.name, "path": str(footage.path)}
-    return encode(task | {"digest": footage.digest, "seconds": footage.seconds})
 
 
 def growth(report: Report, sizes: Sequence[Sequence[Video]], weights: Path, device: str, quick: bool = False) -> None:
@@ -302,17 +293,8 @@ def analyse(
         videos = [probe(path) for path in paths]
         with closing(Trace(Path(work, "trace.jsonl"))) as trace:
             director = Unillustrated(videos, trace, Path(work))
-            orchestrator = Orchestrator(
-                director,
-                [director.tool],
-                sub_policy=LocalViewer(load_model, "benchmark", Path(work)),
-                sub_tools=(),
-                system_prompt="",
-                max_calls=1_000_000,
-                team={"max_parallel": workers},
-                executor=executor,
-            )
-            result = orchestrator.run_sync("Find the events.", trace)
+            viewer = LocalViewer(load_model, "benchmark", Path(work))
+            result = director.orchestrator(viewer, workers, executor).run_sync("Find the events.", trace)
             outcome = director.outcome()
         seconds = time.perf_counter() - begun
     if not result.done or outcome.problems:

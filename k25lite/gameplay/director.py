@@ -22,8 +22,8 @@ from k25lite.gameplay.scoring import match
 from k25lite.gameplay.segments import MARGIN, Footage, Segment, plan
 from k25lite.gameplay.story import overall
 from k25lite.gameplay.viewer import encode
-from k25lite.swarm.policy import Message, Reply, ToolCall, call
-from k25lite.swarm.tools import Tool
+from k25lite.swarm.orchestrator import Executor, Orchestrator
+from k25lite.swarm.policy import Message, Policy, Reply, ToolCall, call
 from k25lite.swarm.trace import Trace, read_trace
 
 PASSES = ("look", "create", "coarse", "fine", "clips")
@@ -59,7 +59,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Director:
-    """The policy of the orchestrator, and its one tool.
+    """The policy of the orchestrator, and its one tool, `look_at_files`.
 
     Attributes:
         videos: to analyse. report: the folder into which clips/ and frames/ are written.
@@ -79,9 +79,18 @@ class Director:
         events = self.outcome().events
         return Reply(overall(events, {video.name: video.seconds for video in self.videos}))
 
-    @property
-    def tool(self) -> Tool:
-        return Tool(self.look_at_files)
+    def orchestrator(self, viewer: Policy, at_once: int, executor: Executor, retries: int = 0) -> Orchestrator:
+        """An agent with this policy, and a team whose policy is `viewer`, `at_once` of them at work at the same time."""
+        return Orchestrator(
+            self,
+            [self.look_at_files],
+            sub_policy=viewer,
+            sub_tools=(),
+            system_prompt="",
+            max_calls=1_000_000,
+            team={"max_parallel": at_once, "retries": retries},
+            executor=executor,
+        )
 
     def look_at_files(self) -> str:
         """How long the videos are, and what kind of pictures they hold."""
@@ -138,7 +147,7 @@ class Director:
         return [make("scout", SCOUT), *viewers, make("editor", EDITOR)]
 
     def _coarse(self) -> list[ToolCall]:
-        return [_assign("scout", self._task("coarse", video)) for video in self.videos]
+        return [_assign("scout", as_task("coarse", video)) for video in self.videos]
 
     def _fine(self) -> list[ToolCall]:
         overviews = {task["video"]: answer for task, answer, _ in self._told() if task["pass"] == "coarse"}
@@ -151,7 +160,7 @@ class Director:
                 wide = max(segment.start - MARGIN, 0.0), min(segment.end + MARGIN, video.seconds)
                 core = _within(seen["active"], segment.start, segment.end)
                 if core:
-                    task = self._task("fine", video, start=segment.start, end=segment.end)
+                    task = as_task("fine", video, start=segment.start, end=segment.end)
                     task |= {"spans": _within(seen["active"], *wide), "core": core}
                     calls.append(_assign(f"viewer of {video.name}", task))
         return calls
@@ -171,13 +180,15 @@ class Director:
                 part = own[first : first + CLIPS_AT_ONCE]
                 clips = [clip_span(event, video.seconds) for event, has_clip in part if has_clip]
                 frames = sorted({time for event, has_clip in part for time in frames_of(event, has_clip)})
-                task = self._task("clips", video, out=str(self.report), clips=clips, frames=frames)
+                task = as_task("clips", video, out=str(self.report), clips=clips, frames=frames)
                 calls.append(_assign("editor", task))
         return calls
 
-    def _task(self, name: str, video: Footage, **more: Any) -> dict[str, Any]:
-        task = {"pass": name, "video": video.name, "path": str(video.path), "digest": video.digest}
-        return task | {"seconds": video.seconds} | more
+
+def as_task(name: str, video: Footage, **more: Any) -> dict[str, Any]:
+    """What a sub-agent is told to do in a pass: see `viewer`."""
+    task = {"pass": name, "video": video.name, "path": str(video.path), "digest": video.digest}
+    return task | {"seconds": video.seconds} | more
 
 
 def frames_of(event: Found | Event, has_clip: bool) -> Sequence[float]:

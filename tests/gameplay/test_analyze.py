@@ -151,7 +151,7 @@ def test_an_analysis_that_has_ended_is_told_again_and_not_done_again(footage, an
     out = tmp_path / "out"
     shutil.copytree(analysed, out)
     trace = (out / "trace.jsonl").read_bytes()
-    monkeypatch.setattr(module.Orchestrator, "run_sync", lambda *_: pytest.fail("worked again"))
+    monkeypatch.setattr(director.Orchestrator, "run_sync", lambda *_: pytest.fail("worked again"))
     arguments = {"truth": footage / "events.jsonl", "model": colour_model, "workers": 1, "progress": False}
     (out / "report" / "index.html").unlink()
     analyze([footage], out, **arguments)
