@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import scipy  # scipy.stats takes seconds to import, so it is left to its first use
 from numpy.typing import ArrayLike
-from scipy import stats
 
 PROFILES = ("smoke", "lite", "full")
 SMOKE_REASON = "the smoke profile tests the mechanics and makes no scientific claim"
@@ -64,11 +64,11 @@ def paired_interval(treatment: ArrayLike, control: ArrayLike | None = None, conf
     if len(treated) < 2:
         raise ValueError(f"an interval needs at least 2 seeds, got {len(treated)}")
     differences = treated - baseline
-    mean, standard_error = float(differences.mean()), float(stats.sem(differences))
+    mean, standard_error = float(differences.mean()), float(scipy.stats.sem(differences))
     # 0.3 - 0.1 and 0.8 - 0.6 differ in the last bit. That is rounding and must not pass for a tiny spread.
     if standard_error <= 1e-12 * max(np.abs(treated).max(), np.abs(baseline).max()):
         return Interval(mean, mean, mean, len(differences))
-    low, high = stats.t.interval(confidence, len(differences) - 1, loc=mean, scale=standard_error)
+    low, high = scipy.stats.t.interval(confidence, len(differences) - 1, loc=mean, scale=standard_error)
     return Interval(mean, float(low), float(high), len(differences))
 
 
@@ -270,7 +270,7 @@ class Record:
         only, other = int((happened[0] & ~happened[1]).sum()), int((happened[1] & ~happened[0]).sum())
         interval, without = None, NO_DIFFERENCE_REASON if happened[0].size > 1 else ONE_SEED_REASON
         if only + other and happened[0].size > 1:
-            share = stats.binomtest(only, only + other).proportion_ci(0.95, "exact")
+            share = scipy.stats.binomtest(only, only + other).proportion_ci(0.95, "exact")
             interval = (2 * share.low - 1, 2 * share.high - 1)
         return self.claim(
             name,
