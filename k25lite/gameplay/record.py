@@ -49,6 +49,7 @@ from k25lite.gameplay.doom import (
     require_vizdoom,
 )
 from k25lite.gameplay.events import STATE, Step, find_events, states
+from k25lite.results import write_whole
 
 FPS = Fraction(TICS_PER_SECOND, TICS_PER_FRAME)
 # Without B-frames the files are 6 % larger, but with them x264's vectorised code does not write the same bytes each
@@ -144,12 +145,12 @@ def record(
 
 def _assemble(out: Path, parameters: dict[str, Any], parts: list[Part]) -> None:
     lines = [json.dumps(event) + "\n" for part in parts for event in part["events"]]
-    _write(out / "events.jsonl", "".join(lines))
+    write_whole(out / "events.jsonl", "".join(lines))
     rows = [",".join(("video", *STATE)), *(row for part in parts for row in part["states"])]
-    _write(out / "states.csv", "\n".join(rows) + "\n")
+    write_whole(out / "states.csv", "\n".join(rows) + "\n")
     codec = {"name": "libx264", **CODEC, "pyav": av.__version__}
     manifest = {"parameters": parameters, "codec": codec, "videos": [part["entry"] for part in parts]}
-    _write(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 @contextmanager
@@ -176,7 +177,7 @@ def _claimed(out: Path, parameters: dict[str, Any]) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"another process is recording into {out}") from None
         if not claim.exists():
-            _write(claim, json.dumps(parameters))
+            write_whole(claim, json.dumps(parameters))
         check(json.loads(claim.read_text()))
         yield
 
@@ -287,7 +288,7 @@ def _record_video(job: Job, advance: Callable[[int], Any]) -> Part:
         "states": [",".join(map(str, (job.video, *row))) for row in states(steps, float(FPS))],
     }
     os.replace(work / "video.mp4", job.out / job.video)
-    _write(job.out / "parts" / f"{job.video}.json", json.dumps(part))
+    write_whole(job.out / "parts" / f"{job.video}.json", json.dumps(part))
     shutil.rmtree(work)
     return part
 
@@ -311,10 +312,3 @@ def _encode(
             advance(1)
         container.mux(stream.encode())
     return steps
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

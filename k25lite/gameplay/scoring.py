@@ -21,6 +21,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from k25lite.gameplay.events import KINDS, Event
+from k25lite.results import write_whole
 
 TOLERANCE = 2.0  # seconds
 TOLERANCES = (1.0, 2.0, 5.0)
@@ -140,7 +141,7 @@ def score(
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    path.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
 
 
 def temporal_iou(one: Event, other: Event) -> float:
