@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from os import PathLike, cpu_count
 from pathlib import Path
@@ -265,7 +266,7 @@ def _write(
             {"second": time, "image": str(frame) if (out / frame).exists() else None}
             for time, frame in zip(event.keyframes, frames, strict=True)
         ]
-        lines.append(json.dumps(event.as_dict() | files | {"keyframes": images}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps(asdict(event) | files | {"keyframes": images}, ensure_ascii=False) + "\n")
     write_whole(out / "events.jsonl", "".join(lines))
     scored = None
     (out / "metrics.json").unlink(missing_ok=True)

@@ -127,20 +127,15 @@ def hide(frames: np.ndarray, *, status: bool = True, messages: bool = False) -> 
     return frames
 
 
-def shares(events: Iterable[Event], times: np.ndarray, seconds: float = CHUNK_SECONDS) -> np.ndarray:
-    """[n, KINDS] float32: how much of each piece [time, time + seconds] lies in events of each kind, from 0 to 1.
+def shares(events: Iterable[Event], times: np.ndarray) -> np.ndarray:
+    """[n, KINDS] float32: how much of each chunk lies in events of each kind, from 0 to 1.
 
-    The events are those of the video whose `times` [n] these are; those of one kind do not overlap. `seconds` = 0 asks
-    for the moments alone.
+    The events are those of the video whose `times` [n] these are; those of one kind do not overlap.
     """
     covered = np.zeros((len(times), len(KINDS)), np.float32)
     for event in events:
-        column = KINDS.index(event.kind)
-        if seconds:
-            common = np.minimum(times + seconds, event.end) - np.maximum(times, event.start)
-            covered[:, column] += common.clip(0) / seconds
-        else:
-            covered[:, column] += (event.start <= times) & (times < event.end)
+        common = np.minimum(times + CHUNK_SECONDS, event.end) - np.maximum(times, event.start)
+        covered[:, KINDS.index(event.kind)] += common.clip(0) / CHUNK_SECONDS
     return covered.clip(max=1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from k25lite.gameplay.segments import Segment
 
@@ -27,12 +26,6 @@ class Found:
     kind: str
     confidence: float = 1.0
     keyframes: tuple[float, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"video": self.video, "start": self.start, "end": self.end, "kind": self.kind} | {
-            "confidence": self.confidence,
-            "keyframes": list(self.keyframes),
-        }
 
 
 def merge(parts: Iterable[tuple[Segment, Sequence[Found]]], gap: float = 0.0) -> list[Found]:

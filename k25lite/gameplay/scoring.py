@@ -107,15 +107,11 @@ def score(
     true: Iterable[Event],
     found: Iterable[Event],
     *,
-    tolerance: float = TOLERANCE,
-    tolerances: Collection[float] = TOLERANCES,
     videos: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """The contents of metrics.json.
+    """The contents of metrics.json: scores at TOLERANCE, and over all videos also at each of TOLERANCES.
 
     Args:
-        tolerance: of the scores at the top level and of each video.
-        tolerances: of the section "tolerances", which has the scores over all videos at each.
         videos: what was analysed; true events of other videos are left out. None: the videos of all events.
 
     Returns:
@@ -131,11 +127,11 @@ def score(
     if strange := {event.video for event in found} - set(videos):
         raise ValueError(f"events were found in {min(strange)}, which is not one of the videos to score")
     true = [event for event in true if event.video in videos]
-    matching = match(true, found, tolerance)
+    matching = match(true, found)
     return {
         **matching.per_kind(),
-        "tolerance_s": tolerance,
-        "tolerances": {f"{seconds:g}": match(true, found, seconds).per_kind() for seconds in tolerances},
+        "tolerance_s": TOLERANCE,
+        "tolerances": {f"{seconds:g}": match(true, found, seconds).per_kind() for seconds in TOLERANCES},
         "videos": {video: matching.of(video=video).per_kind() for video in sorted(videos)},
     }
 

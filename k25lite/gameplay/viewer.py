@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ CHANGE = 0.08  # mean difference of two key frames, from 0 to 1, that is worth a
 NEAR = 4.0  # seconds around what is worth it that are watched too; key frames further apart than this say nothing
 CELL = 10.0  # seconds: of each such stretch of a video the quietest moment is told
 THUMBNAIL = (12, 16)
+LONGEST_RUN = 256  # key frames that the model is asked about at once
 
 
 class Model(Protocol):
@@ -160,11 +161,11 @@ def keyframes_between(path: str, size: tuple[int, int], first: float, last: floa
     return np.concatenate(frames)[:, None]
 
 
-def _runs(numbers: Sequence[int], longest: int = 256) -> list[list[int]]:
-    """Numbers that follow one another, in lists of so many at most."""
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
+    """Numbers that follow one another, in lists of LONGEST_RUN at most."""
     runs: list[list[int]] = []
     for number in numbers:
-        if runs and number == runs[-1][-1] + 1 and len(runs[-1]) < longest:
+        if runs and number == runs[-1][-1] + 1 and len(runs[-1]) < LONGEST_RUN:
             runs[-1].append(number)
         else:
             runs.append([number])
@@ -173,7 +174,7 @@ def _runs(numbers: Sequence[int], longest: int = 256) -> list[list[int]]:
 
 def told(events: Sequence[Found], words: str = "") -> dict[str, Any]:
     """The answer to a fine task; in place of words of a model, what can be counted."""
-    ordered = [{key: value for key, value in event.as_dict().items() if key != "video"} for event in sorted(events)]
+    ordered = [{key: value for key, value in asdict(event).items() if key != "video"} for event in sorted(events)]
     return {"events": ordered, "summary": words or summary(events)}
 
 
