@@ -16,17 +16,15 @@ import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from k25lite.gameplay.clips import frames_at, illustrate
-from k25lite.gameplay.footage import read_keyframes
 from k25lite.gameplay.merge import KEYFRAMES, Found
 from k25lite.gameplay.story import clock
-from k25lite.gameplay.viewer import encode, kept_answer, overview, shrink, told
+from k25lite.gameplay.viewer import encode, flip_through, kept_answer, overview, told
 from k25lite.results import write_whole
 from k25lite.swarm.endpoint import EndpointError, OpenAIPolicy
 from k25lite.swarm.limits import Exceeded
 from k25lite.swarm.policy import Message, Reply
 from k25lite.vision.media import MediaError
 
-SMALL = (48, 64)  # pixels, height and width: enough to see how much changes
 SHOWN_BEFORE, SHOWN_AFTER = 1.0, 1.0  # seconds by which one frame stands for what is around it
 PROMPT = """You watch a segment of a video of somebody playing a game. You get frames of it, each after its time in seconds.
 Report the events: fight (the player and ordinary enemies hurt each other), boss (a boss is in view), pickup (an item is
@@ -103,18 +101,11 @@ class RemoteViewer:
         return Reply(kept.read_text(encoding="utf-8"), **usage)
 
     def _coarse(self, task: dict[str, Any]) -> dict[str, Any]:
-        times, thumbnails, error = [], [], ""
-        try:
-            for keyframes in read_keyframes(task["path"], SMALL):
-                times.append(keyframes.times)
-                thumbnails.append(shrink(keyframes.frames))
-        except MediaError as problem:
-            error = str(problem)
+        times, thumbnails, error = flip_through(task["path"])
         if not times:
             return {"error": error}
-        found = np.concatenate(times)
         # Without a model that looks at key frames, all of the video is worth a closer look.
-        answer = overview(found, np.ones(len(found)), np.concatenate(thumbnails), task["seconds"], error)
+        answer = overview(np.array(times), np.ones(len(times)), thumbnails, task["seconds"], error)
         return answer | {"active": [[0.0, task["seconds"]]]}
 
     async def _fine(self, task: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,19 +135,21 @@ class RemoteViewer:
         return answer | {"used": reply.tokens}, used
 
     def _pictures(self, path: str, start: float, end: float) -> list[tuple[float, str]]:
-        """(seconds, JPEG in base64) of the frames to show."""
+        """(seconds, JPEG in base64) of the frames to show.
+
+        Raises:
+            MediaError: the file cannot be read there.
+        """
         borders = np.linspace(start, end, self.images + 1)
         best: dict[int, tuple[float, float]] = {}
-        before = None
-        for keyframes in read_keyframes(path, SMALL):
-            if keyframes.times[0] > end:
-                break
-            for time, thumbnail in zip(keyframes.times.tolist(), shrink(keyframes.frames), strict=True):
-                change = 1.0 if before is None else float(np.abs(thumbnail - before).mean())
-                before = thumbnail
-                part = int(np.searchsorted(borders, time, "right")) - 1
-                if 0 <= part < self.images and change > best.get(part, (-1.0, 0.0))[0]:
-                    best[part] = change, time
+        found, thumbnails, error = flip_through(path, start, end)
+        if error:
+            raise MediaError(error)
+        changes = np.abs(np.diff(thumbnails, axis=0, prepend=thumbnails[:1])).mean((1, 2))
+        for time, change in zip(found, changes.tolist(), strict=True):
+            part = int(np.searchsorted(borders, time, "right")) - 1
+            if 0 <= part < self.images and change > best.get(part, (-1.0, 0.0))[0]:
+                best[part] = change, time
         # Where a part has no key frame, the frame in its middle.
         middles = (borders[:-1] + borders[1:]) / 2
         times = [best[part][1] if part in best else float(middles[part]) for part in range(self.images)]

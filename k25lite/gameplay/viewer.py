@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -96,9 +97,9 @@ class LocalViewer:
         times, thumbnails, error = flip_through(task["path"])
         if not times:
             return {"error": error}
-        model, moments, small = self.model(), np.array(times), np.stack(thumbnails) / np.float32(255)
+        model, moments = self.model(), np.array(times)
         activity = np.full(len(times), np.nan)
-        changing = overview(moments, activity, small, task["seconds"])["active"]
+        changing = overview(moments, activity, thumbnails, task["seconds"])["active"]
         dull = [n for n, time in enumerate(times) if not any(start <= time <= end for start, end in changing)]
         begins = [model.rules[kind].begin for kind in KINDS]
         for run in _runs(dull):
@@ -107,7 +108,7 @@ class LocalViewer:
                 activity[run] = (model.probabilities(frames) / begins).max(1)
             else:
                 activity[run] = 1.0
-        return overview(moments, activity, small, task["seconds"], error)
+        return overview(moments, activity, thumbnails, task["seconds"], error)
 
     def _fine(self, task: dict[str, Any]) -> dict[str, Any]:
         model = self.model()
@@ -132,21 +133,28 @@ class LocalViewer:
         return told(events) | ({"error": error} if error else {})
 
 
-def flip_through(path: str) -> tuple[list[float], list[np.ndarray], str]:
-    """The times of the key frames of a video, [12, 16] uint8 of each in grey, and what is wrong with the file, if so."""
-    times, thumbnails, scale = list[float](), list[np.ndarray](), VideoReformatter()
+def flip_through(path: str, start: float = 0.0, end: float = math.inf) -> tuple[list[float], np.ndarray, str]:
+    """The key frames of a video from the one before `start` to `end` seconds.
+
+    Returns:
+        Their times, [n, 12, 16] float32 of them in grey from 0 to 1, and what is wrong with the file, if something is.
+    """
+    times, error, scale = list[float](), "", VideoReformatter()
+    thumbnails: list[np.ndarray] = [np.zeros((0, *THUMBNAIL), np.uint8)]
     height, width = THUMBNAIL
     try:
-        for time, frame in _decode(path, keyframes=True):
+        for time, frame in _decode(path, start=start, keyframes=True):
+            if time > end:
+                break
             if frame is not None:
                 small = scale.reformat(
                     frame, width=width, height=height, format="gray", interpolation=Interpolation.AREA
                 )
                 times.append(time)
-                thumbnails.append(small.to_ndarray())
+                thumbnails.append(small.to_ndarray()[None])
     except MediaError as problem:
-        return times, thumbnails, str(problem)
-    return times, thumbnails, ""
+        error = str(problem)
+    return times, np.concatenate(thumbnails) / np.float32(255), error
 
 
 def keyframes_between(path: str, size: tuple[int, int], first: float, last: float) -> np.ndarray:

@@ -27,13 +27,14 @@ from typer.testing import CliRunner
 
 from k25lite.cli import app
 from k25lite.gameplay import analyze as module
-from k25lite.gameplay import director, segments
+from k25lite.gameplay import director, segments, viewer
 from k25lite.gameplay.analyze import analyze
 from k25lite.gameplay.clips import illustrate
-from k25lite.gameplay.remote import Budget
+from k25lite.gameplay.remote import Budget, RemoteViewer
 from k25lite.gameplay.segments import Footage, find_videos, plan, probe
 from k25lite.gameplay.viewer import LocalViewer
 from k25lite.swarm.critical import summarise
+from k25lite.swarm.endpoint import OpenAIPolicy
 from k25lite.swarm.trace import read_trace
 from k25lite.vision.media import MediaError
 
@@ -544,6 +545,24 @@ def test_the_budget_of_images_and_tokens_is_kept(footage, tmp_path, capsys):
         analyze([footage], tmp_path / "cheap", budget=Budget(tokens=2500), **arguments)
         assert len(server.bodies) == 3  # 1,050 tokens each: the third goes beyond, and no fourth begins
         assert "limit of tokens reached" in capsys.readouterr().err
+
+
+def test_frames_of_a_segment_are_chosen_without_decoding_what_comes_before(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", [(4.0, 8.0, "boss"), (73.0, 77.0, "boss")], 80.0)
+    looked, decode = [], viewer._decode
+
+    def watched(*args, **options):
+        for moment, frame in decode(*args, **options):
+            looked.append(moment)
+            yield moment, frame
+
+    monkeypatch.setattr(viewer, "_decode", watched)
+    remote = RemoteViewer(OpenAIPolicy("eyes", "http://127.0.0.1:1/v1"), tmp_path, images=4)
+    shown = [moment for moment, _ in remote._pictures(str(path), 60.0, 80.0)]
+    assert min(looked) > 50.0
+    assert len(shown) == 4
+    assert all(60.0 + 5 * part <= moment <= 65.0 + 5 * part for part, moment in enumerate(shown))
+    assert 73.0 <= shown[2] < 75.0, "the boss comes into view"
 
 
 @pytest.mark.usefixtures("_no_keys")
