@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from k25lite.cli import app
 from k25lite.gameplay import analyze as module
-from k25lite.gameplay import director, segments, viewer
+from k25lite.gameplay import director, remote, segments, viewer
 from k25lite.gameplay.analyze import analyze
 from k25lite.gameplay.clips import illustrate
 from k25lite.gameplay.remote import Budget, RemoteViewer
@@ -557,12 +557,25 @@ def test_frames_of_a_segment_are_chosen_without_decoding_what_comes_before(tmp_p
             yield moment, frame
 
     monkeypatch.setattr(viewer, "_decode", watched)
-    remote = RemoteViewer(OpenAIPolicy("eyes", "http://127.0.0.1:1/v1"), tmp_path, images=4)
-    shown = [moment for moment, _ in remote._pictures(str(path), 60.0, 80.0)]
+    eyes = RemoteViewer(OpenAIPolicy("eyes", "http://127.0.0.1:1/v1"), tmp_path, images=4)
+    shown = [moment for moment, _ in eyes._pictures(str(path), 60.0, 80.0)]
     assert min(looked) > 50.0
     assert len(shown) == 4
     assert all(60.0 + 5 * part <= moment <= 65.0 + 5 * part for part, moment in enumerate(shown))
     assert 73.0 <= shown[2] < 75.0, "the boss comes into view"
+
+
+def test_odd_events_of_an_answer_are_left_out_and_told_and_cost_no_other():
+    good = {"kind": "boss", "start": 12, "end": 15.0, "keyframes": [13.0]}
+    odd = ({"kind": "level-up"}, {"confidence": 90}, {"start": None}, {"end": float("nan")}, {"keyframes": 13.0})
+    said = {"events": [*(good | change for change in odd), good, "boss"], "summary": None}
+    answer = remote._read(json.dumps(said), "a.mp4", 10.0, 20.0)
+    assert [(e["kind"], e["start"], e["end"], e["keyframes"]) for e in answer["events"]] == [
+        ("boss", 12.0, 15.0, (13.0,))
+    ]
+    assert answer["error"] == "6 of 7 events are not as asked for"
+    assert "boss" in answer["summary"]
+    assert "error" not in remote._read(json.dumps({"events": [good]}), "a.mp4", 10.0, 20.0)
 
 
 @pytest.mark.usefixtures("_no_keys")
