@@ -106,7 +106,7 @@ def analyze(
     base_url: Annotated[str | None, typer.Option(help="Of the endpoint [default: $OPENAI_BASE_URL].")] = None,
     workers: Annotated[int | None, typer.Option(help="Sub-agents at the same time [default: one a core].")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, auto, or local.")] = None,
-    max_images: Annotated[int, typer.Option(help="Frames an endpoint is shown at most.")] = 20_000,
+    max_images: Annotated[int, typer.Option(help="Frames an endpoint is shown at most, retries included.")] = 20_000,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens an endpoint may use.")] = None,
 ) -> None:
     """Find the events of hours of video by a swarm, and write a report to watch them in. A second call resumes."""

@@ -33,7 +33,7 @@ from k25lite.gameplay.footage import read_events
 from k25lite.gameplay.remote import Budget, RemoteViewer
 from k25lite.gameplay.report import build, compare
 from k25lite.gameplay.scoring import score, write_metrics
-from k25lite.gameplay.segments import Footage, find_videos, plan, probe
+from k25lite.gameplay.segments import Footage, find_videos, most_segments, probe
 from k25lite.gameplay.viewer import LocalViewer, Model
 from k25lite.results import write_whole
 from k25lite.swarm.critical import summarise
@@ -140,10 +140,10 @@ def _viewer(
 
         if not isinstance(model, str):
             raise ValueError("the backend openai needs the name of a vision model")
-        segments = sum(len(plan(video, [])) for video in videos)
+        segments = sum(map(most_segments, videos))  # what these leave over is for retries
         images = min(IMAGES, budget.images // segments)
         if images < 1:
-            raise ValueError(f"{budget.images} images are too few for {segments} segments")
+            raise ValueError(f"{budget.images} images are too few for up to {segments} segments")
         return RemoteViewer(OpenAIPolicy(model, base_url), work, images, budget)
     if base_url is not None:
         raise ValueError("base_url is for the backend openai")

@@ -7,7 +7,9 @@ import base64
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,10 +51,12 @@ class _Answer(BaseModel):
 
 @dataclass(frozen=True)
 class Budget:
-    """What an analysis by an endpoint may use; None is no limit. Those who are under way together may go beyond it.
+    """What an analysis by an endpoint may use, over all its runs; None is no limit.
 
     Attributes:
-        images: frames shown over all segments. tokens: read and written.
+        images: frames shown, counted before they are sent and never exceeded; those that the endpoint's client sends
+            again, after a time-out or a 5xx, count once.
+        tokens: read and written. Known after a reply: those who are under way together may go beyond it.
     """
 
     images: int = 20_000
@@ -67,17 +71,13 @@ class RemoteViewer:
         policy: the endpoint. work: the folder in which answers are kept.
         images: frames of a segment at most: from as many equally long parts of it, those that differ most from what came
             before.
-        budget: of tokens, with what answers that are kept already have cost; in one process.
+        budget: of all who share the folder: sub-agents at the same time, on other machines, and in earlier runs.
     """
 
     policy: OpenAIPolicy
     work: Path
     images: int = 24
     budget: Budget = Budget()
-
-    def __post_init__(self) -> None:
-        answers = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.work.glob("*.json"))]
-        self.tokens = sum(answer.get("used", 0) for answer in answers)
 
     @property
     def identity(self) -> str:
@@ -124,15 +124,33 @@ class RemoteViewer:
             parts.append({"type": "text", "text": f"{time:.1f} s"})
             parts.append({"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}})
         asked: list[Message] = [{"role": "system", "content": PROMPT}, {"role": "user", "content": parts}]
-        if self.budget.tokens is not None and self.tokens >= self.budget.tokens:
-            raise Exceeded("tokens")
+        with self._used() as used:
+            if used["images"] + len(pictures) > self.budget.images:
+                raise Exceeded("images")
+            if self.budget.tokens is not None and used["tokens"] >= self.budget.tokens:
+                raise Exceeded("tokens")
+            used["images"] += len(pictures)
         reply = await self.policy(asked, [])
-        self.tokens += reply.tokens
+        with self._used() as used:
+            used["tokens"] += reply.tokens
         if reply.refusal:
             raise EndpointError(f"{self.policy.model} refused: {reply.refusal}")
         answer = _read(reply.content, task["video"], start, end)
-        used = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
-        return answer | {"used": reply.tokens}, used
+        return answer, {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+
+    @contextmanager
+    def _used(self) -> Iterator[Counter[str]]:
+        """What has been used by now, to be added to; in a file, because on a cluster each task has a copy of the viewer."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        path = self.work / "used"
+        with open(self.work / "lock", "w") as lock:
+            with suppress(ImportError):  # on Windows
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            used = Counter[str](json.loads(path.read_text()) if path.exists() else {})
+            yield used
+            write_whole(path, encode(used))
 
     def _pictures(self, path: str, start: float, end: float) -> list[tuple[float, str]]:
         """(seconds, JPEG in base64) of the frames to show.

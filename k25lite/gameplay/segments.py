@@ -7,6 +7,7 @@ event is cannot be told from half of it; `merge` then makes one event of what tw
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from k25lite.vision.media import MediaError
 
 SUFFIXES = frozenset(".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ts .webm .wmv".split())  # taken from a folder
 SHORTEST, LONGEST = 60.0, 300.0  # seconds of a segment: enough of them for two workers, few enough for a day of video
+LEAST = 0.75  # of the length aimed at: how short a quiet place may cut a segment
 MARGIN = 11.0  # seconds: more than the longest gap within one event, 10 s (`events.BOSS_GAP`)
 
 
@@ -133,11 +135,20 @@ def plan(footage: Footage, quiet: Sequence[tuple[float, float]]) -> list[Segment
     Args:
         quiet: (seconds, how much goes on there) of places to cut at; the quietest within reach is taken.
     """
-    target = min(max(footage.seconds / 4, SHORTEST), LONGEST)
+    target = _target(footage)
     borders = [0.0]
     while (left := footage.seconds - borders[-1]) > 1.5 * target:
-        low, high = borders[-1] + 0.75 * target, borders[-1] + min(1.25 * target, left - 0.5 * target)
+        low, high = borders[-1] + LEAST * target, borders[-1] + min(1.25 * target, left - 0.5 * target)
         within = [(activity, abs(time - borders[-1] - target), time) for time, activity in quiet if low <= time <= high]
         borders.append(min(within)[2] if within else borders[-1] + target)
     borders.append(footage.seconds)
     return [Segment(footage.name, start, end) for start, end in pairwise(borders)]
+
+
+def most_segments(footage: Footage) -> int:
+    """As many as `plan` may make at most, wherever it is quiet."""
+    return math.ceil(footage.seconds / (LEAST * _target(footage)))
+
+
+def _target(footage: Footage) -> float:
+    return min(max(footage.seconds / 4, SHORTEST), LONGEST)

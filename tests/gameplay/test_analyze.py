@@ -1,9 +1,11 @@
 """The whole analysis on small videos whose colours are its events; what may go wrong on the way really does."""
 
+import asyncio
 import base64
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -31,10 +34,11 @@ from k25lite.gameplay import director, remote, segments, viewer
 from k25lite.gameplay.analyze import analyze
 from k25lite.gameplay.clips import illustrate
 from k25lite.gameplay.remote import Budget, RemoteViewer
-from k25lite.gameplay.segments import Footage, find_videos, plan, probe
+from k25lite.gameplay.segments import Footage, find_videos, most_segments, plan, probe
 from k25lite.gameplay.viewer import LocalViewer
 from k25lite.swarm.critical import summarise
 from k25lite.swarm.endpoint import OpenAIPolicy
+from k25lite.swarm.limits import Exceeded
 from k25lite.swarm.trace import read_trace
 from k25lite.vision.media import MediaError
 
@@ -418,6 +422,11 @@ def test_a_plan_covers_the_video_and_cuts_where_it_is_quiet(monkeypatch):
         lengths = [segment.end - segment.start for segment in planned]
         assert max(lengths) <= 1.5 * segments.LONGEST
         assert min(lengths) >= min(seconds, 0.5 * segments.SHORTEST)
+        soon = [
+            (float(time), float(time)) for time in np.arange(0, min(seconds, 3000.0), 0.5)
+        ]  # cuts as early as can be
+        assert len(plan(video, quiet)) <= most_segments(video)
+        assert len(plan(video, soon)) <= most_segments(video) <= 1.5 * len(planned) + 1
     much = dict(quiet)
     cuts = [much[segment.start] for segment in planned[1:]]
     assert np.mean(cuts) < 0.15  # the quietest of about fifteen; any of them would be 0.5 on average
@@ -563,6 +572,35 @@ def test_frames_of_a_segment_are_chosen_without_decoding_what_comes_before(tmp_p
     assert len(shown) == 4
     assert all(60.0 + 5 * part <= moment <= 65.0 + 5 * part for part, moment in enumerate(shown))
     assert 73.0 <= shown[2] < 75.0, "the boss comes into view"
+
+
+@pytest.mark.usefixtures("_no_keys")
+@pytest.mark.parametrize("workers", [1, 16])
+def test_retries_show_no_more_images_than_there_may_be(footage, tmp_path, capsys, workers):
+    arguments = {"backend": "openai", "model": "eyes", "progress": False, "workers": workers}
+    with endpoint(garble=1000) as server:
+        for _ in range(2):  # what the first run showed counts in the second
+            analyze([footage], tmp_path, base_url=server.url, budget=Budget(images=40), **arguments)
+            assert 30 < sum(len(list(pictures(body))) for body in server.bodies) <= 40
+    assert "limit of images reached" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_no_keys")
+def test_copies_of_a_viewer_share_its_budget(footage, tmp_path):
+    """As tasks on a cluster have them."""
+
+    def watch(number):
+        task = {"pass": "fine", "video": "b.mp4", "path": str(footage / "b.mp4"), "spans": [[number, number + 10.0]]}
+        try:
+            return asyncio.run(pickle.loads(copy)([{"role": "user", "content": json.dumps(task)}], ())).content
+        except Exceeded as limit:
+            return str(limit)
+
+    with endpoint() as server, ThreadPoolExecutor(8) as pool:
+        copy = pickle.dumps(RemoteViewer(OpenAIPolicy("eyes", server.url), tmp_path, 3, Budget(images=10)))
+        told = list(pool.map(watch, range(20)))
+        assert len(server.bodies) == 3
+    assert told.count("images") == 17
 
 
 def test_odd_events_of_an_answer_are_left_out_and_told_and_cost_no_other():
