@@ -163,8 +163,8 @@ def _claimed(out: Path, parameters: dict[str, Any]) -> Iterator[None]:
             differing = "; ".join(f"{name} {there}, not {here}" for name, there, here in pairs if there != here)
             raise ValueError(f"{out} holds a recording with {differing}: choose another directory")
 
-    if (out / "manifest.json").exists():
-        check(json.loads((out / "manifest.json").read_text())["parameters"])
+    if (manifest := _manifest(out)) is not None:
+        check(manifest["parameters"])
     claim = out / "parts" / "parameters.json"
     claim.parent.mkdir(parents=True, exist_ok=True)
     with open(out / "parts" / "lock", "w") as lock:
@@ -182,13 +182,27 @@ def _claimed(out: Path, parameters: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+def _manifest(out: Path) -> dict[str, Any] | None:
+    """That of a finished recording, if `out` holds one; ValueError if it is something else's."""
+    if not (out / "manifest.json").exists():
+        return None
+    try:
+        match json.loads((out / "manifest.json").read_text()):
+            case {"parameters": dict(), "videos": list()} as manifest:
+                return manifest
+    except ValueError:  # no JSON
+        pass
+    raise ValueError(f"{out / 'manifest.json'} is that of something else: choose another directory")
+
+
 def _finished_parts(out: Path) -> dict[str, Part]:
     """By video, the parts whose videos are there: from parts/, or from the manifest of a finished recording."""
     parts = [json.loads(path.read_text()) for path in (out / "parts").glob("*.mp4.json")]
-    if all((out / name).exists() for name in ("manifest.json", "events.jsonl", "states.csv")):
+    manifest = _manifest(out)
+    if manifest is not None and all((out / name).exists() for name in ("events.jsonl", "states.csv")):
         events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
         rows = (out / "states.csv").read_text().splitlines()
-        for entry in json.loads((out / "manifest.json").read_text())["videos"]:
+        for entry in manifest["videos"]:
             mine = [event for event in events if event["video"] == entry["video"]]
             seconds = [row for row in rows if row.startswith(entry["video"] + ",")]
             parts.append({"entry": entry, "events": mine, "states": seconds})

@@ -442,6 +442,17 @@ def test_other_parameters_are_refused_in_one_line(recording, tmp_path):
 
 
 @needs_game
+@pytest.mark.parametrize("text", ['{"name": "an app"}', '{"parameters": 1, "videos": []}', "[]", "no JSON", ""])
+def test_a_manifest_of_something_else_is_refused_in_one_line(tmp_path, text):
+    for name in ("manifest.json", "events.jsonl", "states.csv"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json is that of something else: choose") as error:
+        record(tmp_path, **ARGUMENTS, progress=False)
+    assert "\n" not in str(error.value)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@needs_game
 def test_two_recordings_into_one_directory_are_refused(tmp_path):
     fcntl = pytest.importorskip("fcntl", reason="needs a system with file locks")
     (tmp_path / "parts").mkdir()
