@@ -86,7 +86,7 @@ def build(
     }
     # No </script> can end a script in a file of its own, but two line separators end a string in older browsers.
     text = f"const DATA = {encode(data)};\n".replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    write_whole(folder / "data.js", text.encode("utf-8", "replace").decode())
+    write_whole(folder / "data.js", text)
     write_whole(folder / "plotly.min.js", get_plotlyjs())
     timeline(trace, folder / "swarm.html", characters=SWARM_TEXTS)
     sections = [
@@ -135,7 +135,7 @@ def _own(name: str) -> Markup:
 
 def _video(video: Footage, folder: Path, health: Sequence[tuple[float, float]]) -> dict[str, Any]:
     try:
-        source = quote(Path(os.path.relpath(video.path, folder)).as_posix())
+        source = quote(os.fsencode(Path(os.path.relpath(video.path, folder)).as_posix()))
     except ValueError:  # on another drive
         source = video.path.as_uri()
     step = max(len(health) // HEALTH_POINTS, 1)

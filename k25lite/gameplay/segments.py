@@ -84,12 +84,14 @@ def find_videos(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
     found = list(dict.fromkeys(found))
     if not found:
         raise ValueError("give at least one video, or a folder of videos")
-    names = {path: path.name for path in found}
+    # Bytes that are no UTF-8 as \xff, for names go into JSON, prompts and pages.
+    shown = {path: Path(os.fsencode(path).decode("utf-8", "backslashreplace")) for path in found}
+    names = {path: shown[path].name for path in found}
     depth = 1
     while len(set(names.values())) < len(names):
         depth += 1
         shared = {name for name, count in Counter(names.values()).items() if count > 1}
-        names = {path: "/".join(path.parts[-depth:]) if name in shared else name for path, name in names.items()}
+        names = {path: "/".join(shown[path].parts[-depth:]) if name in shared else name for path, name in names.items()}
     return {name: path for path, name in names.items()}
 
 

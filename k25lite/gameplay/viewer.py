@@ -255,4 +255,6 @@ def kept_answer(work: Path, identity: str, task: dict[str, Any]) -> Path:
 
 
 def encode(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """One line of JSON; what of a path is no UTF-8, which cannot be written, as its escape."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace").decode()

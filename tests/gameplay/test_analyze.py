@@ -292,6 +292,30 @@ def test_odd_files_are_analysed_or_reported_and_nobody_else_suffers(tmp_path, ca
     assert "<img src=x" not in page
 
 
+@pytest.mark.usefixtures("_no_keys")
+def test_names_that_are_no_utf_8_are_analysed_reported_and_scored(tmp_path, capfd):
+    folder = tmp_path / "footage"
+    folder.mkdir()
+    try:
+        write_video(folder / "a.mp4", SHOWN["b.mp4"], 35.0).rename(folder / os.fsdecode(b"bad\xff.mp4"))
+    except OSError:
+        pytest.skip("needs a file system that takes any bytes for a name")
+    cut = write_video(folder / "cut.mkv", [(2.0, 4.0, "death")], 30.0)
+    (folder / os.fsdecode(b"cut\xff.mkv")).write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
+    cut.unlink()
+    (folder / os.fsdecode(b"text\xff.mp4")).write_text("no video")
+    with endpoint() as server:
+        remotely = {"backend": "openai", "model": "eyes", "base_url": server.url}
+        for arguments, told in (({"model": colour_model}, {"cut", "text"}), (remotely, {"text"})):
+            out = tmp_path / arguments.get("backend", "local")
+            analyze([folder], out, workers=1, progress=False, **arguments)
+            analyze([folder], tmp_path / "again", workers=1, progress=False, truth=out / "events.jsonl", **arguments)
+            assert kinds(out, r"bad\xff.mp4") == ["pickup", "fight", "level"]
+            assert "bad%FF.mp4" in (out / "report" / "data.js").read_text(encoding="utf-8")
+            assert told <= set(re.findall(r"^k25lite: (\w+)\\xff\.\w+: ", capfd.readouterr().err, re.MULTILINE))
+            assert json.loads((tmp_path / "again" / "metrics.json").read_text())["macro_f1"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
