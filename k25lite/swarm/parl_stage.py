@@ -34,7 +34,7 @@ def profile_recipes(profile: str) -> dict[str, ParlRecipe]:
 
     def shortened(recipe: ParlRecipe) -> ParlRecipe:
         if profile == "lite":
-            return replace(recipe, iterations=12, names=(10, 40), window=192)
+            return replace(recipe, iterations=12, names=(10, 40), window=192, demonstrations=1024)
         if profile == "smoke":
             return replace(recipe, iterations=2, tasks=4, samples=2, names=(4, 12), demonstrations=32)
         return recipe
