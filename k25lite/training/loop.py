@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -237,6 +236,8 @@ class Saver:
             ValueError: the checkpoint is of another training.
         """
         last = self.folder / "last"
+        if not last.exists():  # none was written, or the process was killed between two renames of `save`
+            last = self.folder / "previous"
         if not last.exists():
             return 0, [], []
         state = json.loads((last / "progress.json").read_text())
@@ -249,21 +250,22 @@ class Saver:
 
     def save(self, step: int, log: list[dict[str, Any]], scores: list[dict[str, Any]]) -> None:
         """Write the state before `step`. Whatever goes wrong, the last checkpoint stays."""
-        partial = self.folder / "partial"
+        partial, last, previous = (self.folder / name for name in ("partial", "last", "previous"))
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(partial))
+            self.accelerator.wait_for_everyone()  # save_state does not: the others may still be writing
             if self.accelerator.is_main_process:
                 numbers = [{name: float(value) for name, value in entry.items()} for entry in log]
                 state = {"fingerprint": self.fingerprint, "step": step, "log": numbers, "scores": scores}
                 (partial / "progress.json").write_text(json.dumps(state))
-                last, old = self.folder / "last", Path(tempfile.mkdtemp(dir=self.folder))
                 if last.exists():
-                    last.rename(old / "last")
+                    shutil.rmtree(previous, ignore_errors=True)
+                    last.rename(previous)
                 partial.rename(last)
-                shutil.rmtree(old)
+                shutil.rmtree(previous, ignore_errors=True)
         except Exception as error:  # safetensors, pickle and the system each have their own for a full disk
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,7 +18,7 @@ from accelerate.tracking import GeneralTracker
 
 from k25lite.training import loop
 from k25lite.training.decoupled import decoupled_backward
-from k25lite.training.loop import Recipe, collate, next_token_loss, train
+from k25lite.training.loop import Recipe, Saver, collate, next_token_loss, train
 from k25lite.training.schedules import EARLY, LearningRate, plan
 
 RECIPE = Recipe(LearningRate(3e-3))
@@ -194,6 +195,38 @@ def test_a_checkpoint_of_another_training_is_refused(make_model, rows, tmp_path)
     other_data = rows | {"text": rows["text"][::-1]}
     with pytest.raises(ValueError, match="another model, plan, data or recipe"):
         train(make_model(), STEPS, other_data, RECIPE, checkpoints=tmp_path, progress=False)
+
+
+def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(make_model, rows, tmp_path):
+    whole = train(make_model(), STEPS, rows, RECIPE, checkpoints=tmp_path, checkpoint_every=4, progress=False)
+    (tmp_path / "last").rename(tmp_path / "previous")
+    begun = []
+    options = {"evaluate": lambda model: begun.append(model) or pd.DataFrame(), "evaluate_at": range(len(STEPS))}
+    again = train(make_model(), STEPS, rows, RECIPE, checkpoints=tmp_path, checkpoint_every=1, progress=False, **options)
+    assert again.log.equals(whole.log)
+    assert len(begun) == len(STEPS) % 4, "it went on, it did not begin anew"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last"]
+    assert json.loads((tmp_path / "last" / "progress.json").read_text())["step"] == len(STEPS) - 1
+
+
+class TwoProcesses:
+    """An accelerator whose other process is still writing when `save_state` returns in this one."""
+
+    is_main_process, _models, unwritten = True, (), None
+
+    def save_state(self, folder):
+        self.unwritten = Path(folder) / "random_states_1.pkl"
+        self.unwritten.parent.mkdir()
+
+    def wait_for_everyone(self):
+        if self.unwritten:
+            self.unwritten.write_text("")
+            self.unwritten = None
+
+
+def test_a_checkpoint_is_moved_once_every_process_has_written_its_part(tmp_path):
+    Saver(tmp_path, TwoProcesses(), "").save(1, [], [])
+    assert (tmp_path / "last" / "random_states_1.pkl").exists()
 
 
 def test_no_room_is_said_before_training_starts(make_model, rows, tmp_path, monkeypatch):
