@@ -41,10 +41,11 @@ from k25lite.training.bench_plain import PLAIN, PlainDecoder, active_parameters,
 from k25lite.training.bench_rollouts import rollouts
 from k25lite.training.decoupled import decoupled_backward
 from k25lite.training.joint import tokenizer
-from k25lite.training.loop import Batch, Recipe, collate, has_bf16, make_optimiser, next_token_loss, train
+from k25lite.training.loop import Batch, Recipe, collate, make_optimiser, next_token_loss, train
 from k25lite.training.muonclip import MuonClip
 from k25lite.training.schedules import EARLY, LearningRate, plan, rows_in
 from k25lite.vision import MoonViT3DConfig
+from k25lite.vision.attention import has_bf16
 from k25lite.world.families import LiteWorld
 from k25lite.world.streams import PIXELS_PER_TOKEN, TEXT_MIX, VISION_MIX, Row, documents, make_rows
 
@@ -94,7 +95,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         gpu = self.device.type == "cuda"
-        self.half = gpu and has_bf16()
+        self.half = has_bf16(self.device)
         sizes = (128,) if self.quick else (4096, 8192, 16384) if gpu else (512, 1024, 2048)
         dtype = torch.bfloat16 if self.half else torch.float32
         self.product = fastest_product(self.device, dtype, sizes)

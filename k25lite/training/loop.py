@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
 from tqdm.auto import tqdm
 
 from k25lite.model import K25Lite
@@ -25,6 +25,7 @@ from k25lite.training.decoupled import decoupled_backward
 from k25lite.training.muonclip import MuonClip
 from k25lite.training.schedules import LearningRate, Step, rows_in
 from k25lite.vision import MoonViT3DConfig, pack
+from k25lite.vision.attention import has_bf16
 from k25lite.world.streams import Row
 
 Batch = dict[str, torch.Tensor]
@@ -53,6 +54,9 @@ class Recipe:
 
 # The parts of a model that the ViT stage leaves: encoder, projector, and the words it was aligned with.
 TRAINED = ("vision_tower", "mm_projector", "language_model.model.embed_tokens")
+
+# How processes may share the work: MuonClip and the checkpoints take every weight to be whole in each.
+WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass
@@ -100,15 +104,20 @@ def train(
         trackers: names of accelerate's trackers ("tensorboard", "wandb") to log to, under `checkpoints`.
 
     Raises:
-        ValueError, before the first step: a step has fewer rows than there are processes, the checkpoint is of another
-            training, or there is no room for checkpoints. OSError: the disk filled; the last checkpoint is whole.
+        ValueError, before the first step: a step has fewer rows than there are processes, processes hold parts of the
+            weights (FSDP), the checkpoint is of another training, or there is no room for checkpoints. OSError: the disk
+            filled; the last checkpoint is whole.
     """
     accelerator = Accelerator(
-        mixed_precision="bf16" if has_bf16() else "no",
+        mixed_precision=precision(),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # rows without vision
         log_with=list(trackers) or None,
         project_dir=checkpoints,
     )
+    if accelerator.distributed_type not in WHOLE:
+        raise ValueError(
+            f"each process needs whole weights, which {accelerator.distributed_type.value} does not give it"
+        )
     processes, rank = accelerator.num_processes, accelerator.process_index
     if min(map(len, steps)) < processes:
         raise ValueError(f"a step of {min(map(len, steps))} rows cannot be shared by {processes} processes")
@@ -118,7 +127,10 @@ def train(
     wrapped, optimiser = accelerator.prepare(model.train(), optimiser)
     if trackers:
         accelerator.init_trackers("k25lite", config={"optimiser": recipe.optimiser, "peak": recipe.learning_rate.peak})
-    saver = Saver(checkpoints, accelerator, fingerprint(model, steps, rows, recipe)) if checkpoints else None
+    saver = None
+    if checkpoints:
+        data = (row for stream in rows.values() for row in stream)
+        saver = Saver(checkpoints, accelerator, fingerprint([asdict(recipe), steps], model, data))
     first, log, scores = saver.resume() if saver else (0, [], [])
     consumed = rows_in(steps)
     for step in tqdm(range(first, len(steps)), leave=False, mininterval=1.0, disable=not progress or rank > 0):
@@ -197,20 +209,19 @@ def make_optimiser(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimi
     return torch.optim.AdamW(parts, peak, (0.9, 0.95), weight_decay=decay, fused=True)
 
 
-def has_bf16() -> bool:
-    """Whether bfloat16 pays: CUDA devices of compute capability 8.0 or more."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+def precision() -> Literal["bf16", "no"]:
+    """What accelerate calls the precision of a training on its device."""
+    return "bf16" if has_bf16(PartialState().device) else "no"
 
 
-def fingerprint(model: K25Lite, steps: Sequence[Step], rows: Mapping[str, Sequence[Row]], recipe: Recipe) -> str:
-    """Of the training, its data and its initial weights, so that no checkpoint of another one is taken for its own."""
-    what = [model.config.to_json_string(), asdict(recipe), steps]
-    digest = hashlib.sha256(json.dumps(what).encode())
-    for stream in rows.values():
-        for row in stream:
-            digest.update(row.input_ids.tobytes())
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().numpy().tobytes())
+def fingerprint(training: Any, model: K25Lite, rows: Iterable[Row] = ()) -> str:
+    """Of a training, as JSON can say it, its data and initial weights, so that no checkpoint of another is taken for it."""
+    digest = hashlib.sha256(json.dumps([training, model.config.to_json_string()]).encode())
+    for row in rows:
+        for array in (row.input_ids, row.position_ids, row.labels, *row.media):
+            digest.update(array.tobytes())
+    for parameter in model.parameters():  # as bytes, because numpy has no bfloat16
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from k25lite.training.qk_clip import QKClip
+from k25lite.vision.attention import has_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Muon's quintic: steepest at zero, singular values end up within 0.7 to 1.2
 UPDATE_RMS = 0.2  # that of AdamW's updates in practice (K2 report): one learning rate then serves both
@@ -159,7 +160,7 @@ def pieces(name: str) -> int:
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, which takes about half the time of float32; else float32."""
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        fast = has_bf16(device)
     else:
         found = torch.cpu.get_capabilities()
         fast = device.type == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))

@@ -6,8 +6,6 @@ grouped by ability and not by modality. Simplified here: one process, and rollou
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from k25lite.model import K25Lite
-from k25lite.training.loop import Recipe, Saver, has_bf16, make_optimiser
+from k25lite.training.loop import Recipe, Saver, fingerprint, make_optimiser, precision
 from k25lite.training.objective import Toggle, advantages, policy_loss, ppo_loss, token_log_probs
 from k25lite.training.rewards import box_f1, count_closeness, count_exact, edit_similarity
 from k25lite.training.rollout import Prompt, Rollout, roll_out
@@ -229,13 +227,13 @@ def reinforce(
     Raises:
         ValueError: the checkpoint is of another training, or there is no room for checkpoints. OSError: the disk filled.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if has_bf16() else "no", project_dir=checkpoints)
+    accelerator = Accelerator(mixed_precision=precision(), project_dir=checkpoints)
     toggle = Toggle(*recipe.toggle) if recipe.toggle else None
     optimiser = make_optimiser(model, recipe.update)
     wrapped, optimiser = accelerator.prepare(model.train(), optimiser)
     if toggle:
         accelerator.register_for_checkpointing(toggle)
-    saver = Saver(checkpoints, accelerator, _fingerprint(model, recipe, seed)) if checkpoints else None
+    saver = Saver(checkpoints, accelerator, fingerprint([asdict(recipe), seed], model)) if checkpoints else None
     first, log, scores = saver.resume() if saver else (0, [], [])
     pool = make_pool(recipe, seed)
     with Sandbox() as sandbox:
@@ -244,15 +242,16 @@ def reinforce(
                 scores += evaluate(model).assign(step=step).to_dict("records")
             start = time.perf_counter()
             questions = _questions(pool, recipe, seed, step)
-            rollouts = roll_out(
-                model,
-                words,
-                [question.prompt for question in questions],
-                sandbox,
-                samples=recipe.samples,
-                temperature=recipe.temperature,
-                generator=torch.Generator().manual_seed(seed * 1_000_003 + step),
-            )
+            with accelerator.autocast():  # as in `update`: both are to see alike
+                rollouts = roll_out(
+                    model,
+                    words,
+                    [question.prompt for question in questions],
+                    sandbox,
+                    samples=recipe.samples,
+                    temperature=recipe.temperature,
+                    generator=torch.Generator().manual_seed(seed * 1_000_003 + step),
+                )
             rolled = time.perf_counter()
             earned, correct = _judge(questions, rollouts, recipe)
             lengths = torch.tensor([float(rollout.length) for rollout in rollouts]).view(earned.shape)
@@ -355,11 +354,3 @@ def _judge(questions: Sequence[Question], rollouts: Sequence[Rollout], recipe: R
 
 def _groups(rollouts: Sequence[Rollout], samples: int) -> list[Sequence[Rollout]]:
     return [rollouts[start : start + samples] for start in range(0, len(rollouts), samples)]
-
-
-def _fingerprint(model: K25Lite, recipe: RLRecipe, seed: int) -> str:
-    """Of the training and its initial weights, so that no checkpoint of another one is taken for its own."""
-    digest = hashlib.sha256(json.dumps([model.config.to_json_string(), asdict(recipe), seed]).encode())
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

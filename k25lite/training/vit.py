@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaModel
 
 from k25lite.vision import MoonViT3D, MoonViT3DConfig, Projector, pack
+from k25lite.vision.attention import has_bf16
 from k25lite.world.scenes import CELLS, DIRECTIONS, TOKEN, WORDS, Question, SceneSpec, draw, sample_scenes
 
 PAD, START = TOKEN["<pad>"], TOKEN["<start>"]
@@ -162,9 +163,8 @@ def warmup_stable_decay(step: int, steps: int, warmup: float = 0.05, decay: floa
 
 
 def mixed_precision(device: torch.device | str):
-    """bfloat16 where the hardware has it and it pays: CUDA devices of compute capability 8.0 or more."""
-    half = torch.device(device).type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=half)
+    """bfloat16 where it pays."""
+    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=has_bf16(torch.device(device)))
 
 
 @torch.no_grad()

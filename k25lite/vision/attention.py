@@ -42,8 +42,13 @@ def packed_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 @cache
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's variable-length flash kernel runs there: CUDA, compute capability >= 8.0, half precision."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return dtype in (torch.float16, torch.bfloat16) and has_bf16(device)
+
+
+@cache
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 pays there: CUDA, compute capability >= 8.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def dense_attention_map(query: torch.Tensor, key: torch.Tensor, segments: Segments) -> torch.Tensor:

@@ -31,6 +31,7 @@ from k25lite.bench import (
     refuse_difference,
     relative_difference,
 )
+from k25lite.vision.attention import has_bf16
 from k25lite.vision.checkpoint import to_transformers
 from k25lite.vision.moonvit3d import MoonViT3D, MoonViT3DConfig
 from k25lite.vision.packing import Grid
@@ -122,7 +123,7 @@ def setups(device: torch.device, quick: bool = False) -> list[Setup]:
     """What is measured on a device: lite, and on a large GPU published; bfloat16 on a GPU that has it."""
     if device.type == "cpu":
         return [Setup("lite", MoonViT3DConfig.lite, device, torch.float32)]
-    half = torch.cuda.is_bf16_supported(including_emulation=False)
+    half = has_bf16(device)
     result = [Setup("lite", MoonViT3DConfig.lite, device, torch.bfloat16 if half else torch.float32)]
     if half and not quick and torch.cuda.get_device_properties(device).total_memory >= PUBLISHED_MEMORY:
         result.append(Setup("published", MoonViT3DConfig.published, device, torch.bfloat16))

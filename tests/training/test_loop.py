@@ -8,17 +8,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from accelerate import DistributedType
 from accelerate.tracking import GeneralTracker
 
 from k25lite.training import loop
 from k25lite.training.decoupled import decoupled_backward
-from k25lite.training.loop import Recipe, Saver, collate, next_token_loss, train
+from k25lite.training.loop import Recipe, Saver, collate, fingerprint, next_token_loss, train
 from k25lite.training.schedules import EARLY, LearningRate, plan
 
 RECIPE = Recipe(LearningRate(3e-3))
@@ -192,9 +194,12 @@ def test_a_checkpoint_of_another_training_is_refused(make_model, rows, tmp_path)
     for model in (make_model(num_hidden_layers=1), make_model(seed=1)):
         with pytest.raises(ValueError, match="another model, plan, data or recipe"):
             train(model, STEPS, rows, RECIPE, checkpoints=tmp_path, progress=False)
-    other_data = rows | {"text": rows["text"][::-1]}
-    with pytest.raises(ValueError, match="another model, plan, data or recipe"):
-        train(make_model(), STEPS, other_data, RECIPE, checkpoints=tmp_path, progress=False)
+    first, *others = rows["vision"]
+    changes = ({"labels": first.labels + 1}, {"media": tuple(255 - item for item in first.media)})
+    streams = [rows["text"][::-1], *([replace(first, **change), *others] for change in changes)]
+    for name, stream in zip(("text", "vision", "vision"), streams, strict=True):
+        with pytest.raises(ValueError, match="another model, plan, data or recipe"):
+            train(make_model(), STEPS, rows | {name: stream}, RECIPE, checkpoints=tmp_path, progress=False)
 
 
 def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(make_model, rows, tmp_path):
@@ -202,11 +207,18 @@ def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(make_model
     (tmp_path / "last").rename(tmp_path / "previous")
     begun = []
     options = {"evaluate": lambda model: begun.append(model) or pd.DataFrame(), "evaluate_at": range(len(STEPS))}
-    again = train(make_model(), STEPS, rows, RECIPE, checkpoints=tmp_path, checkpoint_every=1, progress=False, **options)
+    again = train(
+        make_model(), STEPS, rows, RECIPE, checkpoints=tmp_path, checkpoint_every=1, progress=False, **options
+    )
     assert again.log.equals(whole.log)
     assert len(begun) == len(STEPS) % 4, "it went on, it did not begin anew"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last"]
     assert json.loads((tmp_path / "last" / "progress.json").read_text())["step"] == len(STEPS) - 1
+
+
+def test_a_model_in_half_precision_has_a_fingerprint_of_its_own(make_model):
+    one, other = (fingerprint("", make_model(seed).bfloat16()) for seed in (0, 1))
+    assert one == fingerprint("", make_model(0).bfloat16()) != other
 
 
 class TwoProcesses:
@@ -259,6 +271,12 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(make_model, rows, tm
 def test_a_step_smaller_than_the_processes_is_refused(make_model, rows, monkeypatch):
     monkeypatch.setattr(loop.Accelerator, "num_processes", 5)
     with pytest.raises(ValueError, match="cannot be shared by 5 processes"):
+        train(make_model(), STEPS, rows, RECIPE, progress=False)
+
+
+def test_processes_that_hold_parts_of_the_weights_are_refused(make_model, rows, monkeypatch):
+    monkeypatch.setattr(loop.Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="needs whole weights, which FSDP does not give it"):
         train(make_model(), STEPS, rows, RECIPE, progress=False)
 
 

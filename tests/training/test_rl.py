@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -339,6 +340,17 @@ def test_the_squared_log_ratio_pulls_back_what_no_reward_pushes(stale):
 
 
 # Whole trainings
+
+
+def test_rollouts_are_written_in_the_precision_of_the_updates(model, words, few_kinds, monkeypatch):
+    monkeypatch.setattr(rl, "precision", lambda: "bf16")
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # else the precision of the process's first training
+    seen, encode = [], K25Lite.encode_vision
+    watched = lambda self, *pixels: seen.append(torch.is_autocast_enabled("cpu")) or encode(self, *pixels)  # noqa: E731
+    monkeypatch.setattr(K25Lite, "encode_vision", watched)
+    reinforce(model, words, tiny(steps=1, shown=1.0), 0, progress=False)
+    assert len(seen) >= 1
+    assert all(seen)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(known, words, few_kinds):
