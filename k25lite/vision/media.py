@@ -57,15 +57,24 @@ def read_image(source: str | PathLike) -> np.ndarray:
     """
     try:
         with Image.open(source) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
+            upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGBA")
     except FileNotFoundError as error:
         raise MediaError(f"{source}: no such file") from error
     except UnidentifiedImageError as error:
         raise MediaError(f"{source}: not a picture in a format that pillow reads") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(f"{source}: cannot be decoded ({error})") from error
     white = Image.new("RGBA", upright.size, "white")
     return np.asarray(Image.alpha_composite(white, upright).convert("RGB"))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits in 8, which `convert` would clip to white; others as they are. ValueError: of floats."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, of which nobody says what is white")
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def fit_size(height: int, width: int, unit: int, max_tokens: int = MAX_TOKENS) -> tuple[int, int]:
@@ -98,7 +107,8 @@ def video_chunks(
     Args:
         fps: frames taken per second of video; of a slower video, every frame is taken once.
         frames_per_chunk: 1 to 4; the last chunk may be shorter.
-        unit: frames are resized to multiples of this many pixels (patch * merge) while they are decoded.
+        unit: frames are turned upright, as phones ask for, and resized to multiples of this many pixels (patch * merge)
+            while they are decoded; all to the size of the first one.
         max_tokens: vision tokens a chunk may cost.
 
     Raises:
@@ -136,23 +146,35 @@ def _sample_frames(source, fps: float, unit: int, max_tokens: int) -> Iterator[t
             stream.thread_type = "AUTO"
             start = float((stream.start_time or 0) * stream.time_base)
             due, end, decoded = 0.0, 0.0, 0
+            size: tuple[int, int] | None = None
             for frame in container.decode(stream):
                 time = float(frame.pts * stream.time_base) - start if frame.pts is not None else end
-                end = time + (1 / float(stream.average_rate) if stream.average_rate else 0.0)
+                if frame.duration:
+                    end = time + float(frame.duration * frame.time_base)
+                else:
+                    end = time + (1 / float(stream.average_rate) if stream.average_rate else 0.0)
                 decoded += 1
                 if time < due - 1e-6:
                     continue
                 due = (math.floor((time + 1e-6) * fps) + 1) / fps
-                height, width = fit_size(frame.height, frame.width, unit, max_tokens)
+                turns = frame.rotation // 90 % 4  # counter-clockwise
+                if size is None:
+                    sides = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+                    size = fit_size(*sides, unit, max_tokens)
+                height, width = size[::-1] if turns % 2 else size
                 scaled = reformatter.reformat(
                     frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC
                 )
-                yield time, scaled.to_ndarray()
+                yield time, np.rot90(scaled.to_ndarray(), turns)
             if not decoded:
                 raise MediaError(f"{source}: the video stream holds no frame")
-            promised = float(stream.duration * stream.time_base) if stream.duration else end
-            # Half a second of grace: durations in headers are rounded, and a last frame may be held longer.
-            if end < promised - 0.5:
+            promised, grace = end, 0.5  # durations in headers are rounded
+            if stream.duration:
+                promised = float(stream.duration * stream.time_base)
+            elif container.duration and len(container.streams) == 1:  # else it may be the sound that lasts longer
+                promised = container.duration / av.time_base - max(start, 0.0)
+                grace = max(2.0, 0.1 * promised)
+            if end < promised - grace and not 0 < stream.frames <= decoded:
                 raise MediaError(
                     f"{source}: cut short, {end:.2f} s can be decoded of the {promised:.2f} s in its header"
                 )
@@ -199,9 +221,8 @@ def pack(
 
 def _as_frames(item: np.ndarray | Image.Image | VideoChunk, index: int) -> np.ndarray:
     """An item as [t, height, width, 3] uint8."""
-    if isinstance(item, VideoChunk):
-        return item.frames
-    array = np.asarray(item.convert("RGB") if isinstance(item, Image.Image) else item)
+    given = item.frames if isinstance(item, VideoChunk) else item
+    array = np.asarray(_eight_bits(given).convert("RGB") if isinstance(given, Image.Image) else given)
     frames = array[None] if array.ndim == 3 else array
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames[:1].size:
         raise ValueError(f"items[{index}] must be [(t,) height, width, 3] uint8 RGB, got {array.dtype} {array.shape}")

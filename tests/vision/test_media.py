@@ -16,14 +16,27 @@ from k25lite.vision.media import fit_size
 LITE = MoonViT3DConfig.lite()
 
 
-def write_video(path, frames: np.ndarray, fps: int = 10, codec: str = "libx264") -> None:
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+def write_video(
+    path, frames: np.ndarray, fps: int = 10, codec: str = "libx264", *, hold: int = 0, sound: int = 0, rotation: int = 0
+) -> None:
+    """The last frame stays for `hold` frames more; there are `sound` seconds of silence; players turn it by `rotation`."""
+    with av.open(str(path), "w", options={"movflags": "faststart"} if str(path).endswith("mp4") else {}) as container:
         stream = container.add_stream(codec, rate=fps, options={"crf": "10"})
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, fps)
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+        if rotation:
+            stream.set_display_rotation(rotation)
+        silence = container.add_stream("aac", rate=8000) if sound else None
+        packets = [p for f in frames for p in stream.encode(av.VideoFrame.from_ndarray(f, format="rgb24"))]
+        packets += stream.encode()
+        packets[-1].duration = round((1 + hold) / fps / packets[-1].time_base)
+        container.mux(packets)
+        for start in range(0, 8000 * sound, 1024):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            samples.sample_rate, samples.pts = 8000, start
+            container.mux(silence.encode(samples))
+        if silence:
+            container.mux(silence.encode())
 
 
 @pytest.fixture
@@ -116,6 +129,8 @@ def test_tiny_and_enormous_pictures_are_resized_as_documented():
         (np.zeros((16, 16, 3), np.float32), r"items\[1\] must be .* got float32"),
         (np.zeros((16, 16), np.uint8), r"items\[1\] must be"),
         (np.zeros((16, 0, 3), np.uint8), r"items\[1\] must be"),
+        (VideoChunk(np.zeros((2, 16, 16, 3), np.float32), (0.0, 0.5)), r"items\[1\] must be .* got float32"),
+        (VideoChunk(np.full((2, 16, 16, 3), 300, np.int32), (0.0, 0.5)), r"items\[1\] must be .* got int32"),
     ],
 )
 def test_items_that_cannot_be_packed_are_named(item, message):
@@ -137,6 +152,18 @@ def test_pictures_are_read_upright_and_on_white(tmp_path):
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").shape == (4, 2, 3)
+
+
+def test_grey_of_16_bits_is_scaled_and_grey_of_floats_refused(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    expected = np.repeat((ramp // 256).astype(np.uint8)[..., None], 3, axis=2)
+    assert np.array_equal(read_image(tmp_path / "deep.png"), expected)
+    patches = pack([expected], LITE)[0]
+    torch.testing.assert_close(pack([Image.open(tmp_path / "deep.png")], LITE)[0], patches)
+    Image.fromarray(ramp / np.float32(65535)).save(tmp_path / "depth.tiff")
+    with pytest.raises(MediaError, match=r"depth\.tiff: cannot be decoded \(floating-point pixels"):
+        read_image(tmp_path / "depth.tiff")
 
 
 def test_bad_pictures_name_the_file(tmp_path, monkeypatch):
@@ -164,6 +191,47 @@ def test_a_truncated_video_is_an_error_that_names_the_file(tmp_path, keep):
     (tmp_path / "short.mp4").write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(MediaError, match=r"short\.mp4: (cut short|cannot be decoded|holds no video stream)"):
         read_video(tmp_path / "short.mp4", unit=16)
+
+
+def test_a_truncated_matroska_is_an_error_and_sound_that_lasts_longer_is_none(tmp_path):
+    """There the header tells of the longest stream alone."""
+    noise = np.random.default_rng(0).integers(0, 255, (50, 48, 64, 3), np.uint8)
+    write_video(tmp_path / "short.mkv", noise)
+    assert sum(len(chunk.frames) for chunk in read_video(tmp_path / "short.mkv", unit=16)) == 10
+    whole = (tmp_path / "short.mkv").read_bytes()
+    (tmp_path / "short.mkv").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MediaError, match=r"short\.mkv: cut short, 2\.\d\d s can be decoded of the 5\.00 s"):
+        read_video(tmp_path / "short.mkv", unit=16)
+    write_video(tmp_path / "long.mkv", noise, sound=12)
+    assert sum(len(chunk.frames) for chunk in read_video(tmp_path / "long.mkv", unit=16)) == 10
+
+
+def test_a_last_frame_that_stays_for_seconds_is_no_cut(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (10, 48, 64, 3), np.uint8)
+    write_video(tmp_path / "held.mp4", noise, hold=20)
+    with av.open(str(tmp_path / "held.mp4")) as container:
+        assert float(container.streams.video[0].duration * container.streams.video[0].time_base) > 2.5
+    assert [len(chunk.frames) for chunk in read_video(tmp_path / "held.mp4", unit=16)] == [2]
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_a_video_is_turned_upright_as_players_do(tmp_path, rotation):
+    frames = np.zeros((4, 48, 64, 3), np.uint8)
+    frames[:, :16, :16] = 255  # as the sensor sees it: white, top left
+    write_video(tmp_path / "phone.mp4", frames, rotation=rotation)
+    (chunk,) = read_video(tmp_path / "phone.mp4", unit=16)
+    upright = np.rot90(frames, rotation // 90, axes=(1, 2))
+    assert chunk.frames.shape == upright[:1].shape
+    assert np.abs(chunk.frames[0].astype(int) - upright[0]).mean() < 8
+
+
+def test_a_stream_that_changes_its_size_keeps_that_of_its_first_frame(tmp_path):
+    for name, height in (("a", 48), ("b", 96)):
+        write_video(tmp_path / f"{name}.h264", np.zeros((20, height, 64, 3), np.uint8))
+    (tmp_path / "both.h264").write_bytes((tmp_path / "a.h264").read_bytes() + (tmp_path / "b.h264").read_bytes())
+    with av.open(str(tmp_path / "both.h264")) as container:
+        assert {frame.height for frame in container.decode(video=0)} == {48, 96}
+    assert {chunk.frames.shape[1:] for chunk in read_video(tmp_path / "both.h264", unit=16)} == {(48, 64, 3)}
 
 
 def test_files_that_are_no_video_name_the_file(tmp_path):
