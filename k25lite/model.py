@@ -26,6 +26,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from k25lite.vision import MoonViT3D, MoonViT3DConfig, Projector
+from k25lite.vision.checkpoint import check_fit
 
 
 def lite_text_config(vocab_size: int, moe: bool = False, **changes: Any) -> DeepseekV3Config:
@@ -271,17 +272,7 @@ class K25Lite(PreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = super().from_pretrained(path_or_hub_id, *args, **kwargs | options)
-        problems = [
-            f"{len(info[kind])} tensors {what}, such as {min(map(_describe, info[kind]))}"
-            for kind, what in (
-                ("missing_keys", "are missing"),
-                ("unexpected_keys", "have no place in the model"),
-                ("mismatched_keys", "have another shape"),
-            )
-            if info[kind]
-        ]
-        if problems:
-            raise ValueError(f"{path_or_hub_id} does not fit the configuration: {'; '.join(problems)}")
+        check_fit(path_or_hub_id, info)
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
 
@@ -289,11 +280,6 @@ def check_count(placeholders: int, vision_tokens: int) -> None:
     """Raise unless the text has a place for every vision token, and no more."""
     if placeholders != vision_tokens:
         raise ValueError(f"the text holds {placeholders} media tokens for {vision_tokens} vision tokens")
-
-
-def _describe(key: str | tuple[str, torch.Size, torch.Size]) -> str:
-    """A tensor as transformers names it when it is missing or too many, or when its shape is not the model's."""
-    return key if isinstance(key, str) else f"{key[0]} {list(key[1])} for {list(key[2])}"
 
 
 AutoConfig.register("k25lite", K25LiteConfig)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -21,10 +21,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 
 State = dict[str, torch.Tensor]
+
+# What `from_pretrained` takes for the Hub alone.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 # Published name -> ours, inside a block of the tower.
 _BLOCK_NAMES = {
@@ -48,19 +56,22 @@ class VisionCheckpoint:
     projector_eps: float = 1e-5
 
 
-def read_vision(path_or_hub_id: str | PathLike) -> VisionCheckpoint:
+def read_vision(path_or_hub_id: str | PathLike, **hub: Any) -> VisionCheckpoint:
     """Read the vision tower, and the projector if there is one, from a folder or a Hub repository.
 
     Accepts a checkpoint of transformers' `Kimi_K25VisionModel`, one of its full model, and the published Kimi K2.5 and
     K2.6 repositories.
 
+    Args:
+        hub: of `HUB_OPTIONS`, as `hf_hub_download` takes them.
+
     Raises:
-        FileNotFoundError: no config.json or no safetensors there.
+        FileNotFoundError: no config.json or no safetensors there, no such repository, or the Hub cannot be reached.
         ValueError: a damaged file, or a checkpoint without vision tensors.
     """
-    config = json.loads(_locate(path_or_hub_id, "config.json").read_text())
+    config = json.loads(_locate(path_or_hub_id, "config.json", **hub).read_text())
     vision = _vision_config(config.get("vision_config", config))
-    state = _read_tensors(path_or_hub_id)
+    state = _read_tensors(path_or_hub_id, **hub)
     tower = {re.sub(r"^(model\.)?vision_tower\.", "", k): v for k, v in state.items() if "mm_projector." not in k}
     projector = {re.sub(r"^(model\.)?mm_projector\.", "", k): v for k, v in state.items() if "mm_projector." in k}
     for published, ours in _PROJECTOR_NAMES.items():
@@ -90,15 +101,14 @@ def to_transformers(state: Mapping[str, torch.Tensor], heads: int) -> State:
 
 
 def from_transformers(state: Mapping[str, torch.Tensor], heads: int) -> State:
-    """The inverse of `to_transformers`."""
+    """The inverse of `to_transformers`. Where one of the three projections is missing, the one matrix is."""
     result: State = {}
     for name, tensor in state.items():
         if ".attn.q_proj." in name:
-            query, key = (
-                state[name.replace("q_proj", other)].unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-                for other in ("q_proj", "k_proj")
-            )
-            result[name.replace("q_proj", "qkv")] = torch.cat([query, key, state[name.replace("q_proj", "v_proj")]])
+            key, value = (state.get(name.replace("q_proj", other)) for other in ("k_proj", "v_proj"))
+            if key is not None and value is not None:
+                rotated = (x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) for x in (tensor, key))
+                result[name.replace("q_proj", "qkv")] = torch.cat([*rotated, value])
         elif ".attn.k_proj." not in name and ".attn.v_proj." not in name:
             result[name] = tensor
     return result
@@ -132,6 +142,30 @@ def to_published(tower: Mapping[str, torch.Tensor], projector: Mapping[str, torc
     return result
 
 
+def check_fit(path_or_hub_id: str | PathLike, info: Mapping[str, Collection[Any]]) -> None:
+    """Raise ValueError unless a checkpoint held the tensors of the model, no others, and in their shapes.
+
+    Args:
+        info: what transformers' `from_pretrained` tells with `output_loading_info`.
+    """
+    problems = [
+        f"{len(info[kind])} tensors {what}, such as {min(map(_describe, info[kind]))}"
+        for kind, what in (
+            ("missing_keys", "are missing"),
+            ("unexpected_keys", "have no place in the model"),
+            ("mismatched_keys", "have another shape"),
+        )
+        if info[kind]
+    ]
+    if problems:
+        raise ValueError(f"{path_or_hub_id} does not fit the configuration: {'; '.join(problems)}")
+
+
+def _describe(key: str | tuple[str, torch.Size, torch.Size]) -> str:
+    """A tensor as transformers names it when it is missing or too many, or when its shape is not the model's."""
+    return key if isinstance(key, str) else f"{key[0]} {list(key[1])} for {list(key[2])}"
+
+
 def _rename(name: str, table: Mapping[str, str]) -> str:
     """Replace the part between two dots that `table` names, once: norm0 becomes norm1, and does not go on to norm2."""
     parts = "|".join(map(re.escape, table))
@@ -149,7 +183,7 @@ def _vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: renamed[name] for name in names if name in renamed}
 
 
-def _locate(path_or_hub_id: str | PathLike, name: str) -> Path:
+def _locate(path_or_hub_id: str | PathLike, name: str, **hub: Any) -> Path:
     """The local path of a file of the checkpoint, fetched from the Hub if `path_or_hub_id` is no folder."""
     folder = Path(path_or_hub_id)
     if folder.is_dir():
@@ -157,21 +191,27 @@ def _locate(path_or_hub_id: str | PathLike, name: str) -> Path:
             raise FileNotFoundError(f"{folder} has no {name}")
         return folder / name
     try:
-        return Path(hf_hub_download(str(path_or_hub_id), name))
+        return Path(hf_hub_download(str(path_or_hub_id), name, **hub))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{path_or_hub_id} is neither a folder nor the name of a repository") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"the Hub shows no repository {path_or_hub_id}") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(f"{name} of {path_or_hub_id} cannot be fetched (offline?)") from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{path_or_hub_id} has no {name}") from error
 
 
-def _read_tensors(path_or_hub_id: str | PathLike) -> State:
+def _read_tensors(path_or_hub_id: str | PathLike, **hub: Any) -> State:
     """The vision and projector tensors, from the shards that the index names, or from the one file there is."""
     try:
-        index = json.loads(_locate(path_or_hub_id, "model.safetensors.index.json").read_text())["weight_map"]
+        index = json.loads(_locate(path_or_hub_id, "model.safetensors.index.json", **hub).read_text())["weight_map"]
         files = sorted({file for key, file in index.items() if _is_vision(key)})
     except FileNotFoundError:
         files = ["model.safetensors"]
     state: State = {}
     for file in files:
-        path = _locate(path_or_hub_id, file)
+        path = _locate(path_or_hub_id, file, **hub)
         try:
             with safe_open(path, framework="pt") as tensors:
                 state |= {key: tensors.get_tensor(key) for key in tensors.keys() if _is_vision(key)}  # noqa: SIM118

@@ -22,7 +22,7 @@ from transformers.models.kimi_k25 import Kimi_K25VisionModel
 from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25VisionConfig
 
 from k25lite.vision.attention import dense_attention_map, packed_attention
-from k25lite.vision.checkpoint import read_vision, to_transformers
+from k25lite.vision.checkpoint import HUB_OPTIONS, check_fit, read_vision, to_transformers
 from k25lite.vision.packing import PackedLayout, Segments, check_grids
 
 # Patches per block on a CPU: at a width of 128 to 256 the activations of one layer then stay in the second-level cache.
@@ -260,7 +260,12 @@ class MoonViT3D(PreTrainedModel):
 
     @torch.no_grad()
     def attention_map(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, layer: int = 0) -> torch.Tensor:
-        """[heads, patches, patches] attention weights of one layer, patches as given: for looking at small batches."""
+        """[heads, patches, patches] attention weights of one layer, patches as given: for looking at small batches.
+
+        Raises:
+            IndexError: no such layer; -1 is the last one.
+        """
+        layer = range(len(self.layers))[layer]
         layout = self.layout(pixel_values, grid_thw)
         hidden = self.patch_embed(pixel_values.to(self.dtype), layout)
         rotary = rotary_table(self.config, layout.sizes, layout.device)[layout.position]
@@ -278,14 +283,18 @@ class MoonViT3D(PreTrainedModel):
 
         Args:
             path_or_hub_id: a folder, or a repository of the Hub such as "moonshotai/Kimi-K2.5".
-            kwargs: a `config`, or what transformers' `from_pretrained` takes (`dtype`, `device_map`, ...).
+            kwargs: a `config`, or what transformers' `from_pretrained` takes (`dtype`, `device_map`, `revision`, ...).
 
         Raises:
             FileNotFoundError: no checkpoint there. ValueError: damaged, or without a vision tower.
         """
-        checkpoint = read_vision(path_or_hub_id)
+        checkpoint = read_vision(path_or_hub_id, **{name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs})
         config = kwargs.pop("config", None) or MoonViT3DConfig(**checkpoint.config)
-        return super().from_pretrained(None, config=config, state_dict=checkpoint.tower, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded = super().from_pretrained(None, config=config, state_dict=checkpoint.tower, **kwargs | options)
+        check_fit(path_or_hub_id, loaded[1])
+        return loaded if wants_info else loaded[0]
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Save in transformers' layout: `Kimi_K25VisionModel.from_pretrained` reads the folder as it is."""

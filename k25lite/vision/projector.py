@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,13 +33,16 @@ class Projector(nn.Module):
         return self.out_proj(nn.functional.gelu(self.in_proj(merged)))
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | PathLike) -> Projector:
+    def from_pretrained(cls, path_or_hub_id: str | PathLike, **hub: Any) -> Projector:
         """The projector of a full Kimi K2.5 repository; the language model's shards are neither fetched nor read.
+
+        Args:
+            hub: see `read_vision`.
 
         Raises:
             ValueError: the checkpoint holds no projector.
         """
-        checkpoint = read_vision(path_or_hub_id)
+        checkpoint = read_vision(path_or_hub_id, **hub)
         if not checkpoint.projector:
             raise ValueError(f"{path_or_hub_id} holds a vision tower but no projector (mm_projector.*)")
         hidden = checkpoint.projector["pre_norm.weight"].shape[0]

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from encoders import patches, randomise
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import Kimi_K25ForConditionalGeneration
 from transformers.models.kimi_k25 import Kimi_K25VisionModel
@@ -137,7 +138,7 @@ def test_opens_only_the_files_that_hold_vision(kimi_repository, monkeypatch):
     assert with_vision < set(index.values()), "the fixture must have files without vision tensors"
     opened = set()
     located = checkpoint._locate
-    monkeypatch.setattr(checkpoint, "_locate", lambda where, name: opened.add(name) or located(where, name))
+    monkeypatch.setattr(checkpoint, "_locate", lambda where, name, **hub: opened.add(name) or located(where, name))
     MoonViT3D.from_pretrained(kimi_repository)
     assert opened == with_vision | {"config.json", "model.safetensors.index.json"}
 
@@ -179,3 +180,49 @@ def test_errors_name_the_folder(tmp_path, lite):
     lite.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no projector"):
         Projector.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="/none/at/all is neither a folder nor the name of a repository"):
+        MoonViT3D.from_pretrained("/none/at/all")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_apart_from_a_file_that_is_not_there(monkeypatch):
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("not in the cache, and offline")
+
+    monkeypatch.setattr(checkpoint, "hf_hub_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"config\.json of some/encoder cannot be fetched \(offline\?\)"):
+        MoonViT3D.from_pretrained("some/encoder")
+
+
+def test_options_of_the_hub_reach_it(lite, tmp_path, monkeypatch):
+    lite.save_pretrained(tmp_path)
+    asked = []
+
+    def download(repository, name, **options):
+        asked.append(options)
+        if not (tmp_path / name).exists():
+            raise EntryNotFoundError(name)
+        return tmp_path / name
+
+    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    options = {"revision": "v2", "token": "secret", "cache_dir": "elsewhere"}
+    MoonViT3D.from_pretrained("some/encoder", dtype=torch.bfloat16, **options)
+    with pytest.raises(ValueError, match="no projector"):
+        Projector.from_pretrained("some/encoder", **options)
+    assert len(asked) == 6
+    assert all(each == options for each in asked)
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("layers.1.mlp.fc1.bias", r"1 tensors are missing, such as layers\.1\.mlp\.fc1\.bias"),
+        ("layers.1.attn.k_proj.weight", r"1 tensors are missing, such as layers\.1\.attn\.qkv\.weight"),
+        ("layers.1.attn.q_proj.weight", r"1 tensors are missing, such as layers\.1\.attn\.qkv\.weight"),
+    ],
+)
+def test_a_tower_with_a_tensor_too_few_is_refused(lite, tmp_path, missing, told):
+    lite.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor for name, tensor in state.items() if name != missing}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=told):
+        MoonViT3D.from_pretrained(tmp_path)

@@ -126,6 +126,15 @@ def test_attention_map_is_block_diagonal_in_the_given_order(lite):
     torch.testing.assert_close(weights.sum(-1), torch.ones(4, 24), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_attention_maps_are_there_for_the_layers_there_are(lite):
+    batch, layers = patches([[1, 2, 4]], 8), len(lite.layers)
+    assert torch.equal(lite.attention_map(*batch, layer=-1), lite.attention_map(*batch, layer=layers - 1))
+    for layer in (layers, -layers - 1):
+        with pytest.raises(IndexError):
+            lite.attention_map(*batch, layer=layer)
+
+
 def test_the_activation_on_a_cpu_is_the_tanh_gelu():
     x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(module.CPUTanhGELU.apply(x), torch.nn.functional.gelu(x, approximate="tanh"))
