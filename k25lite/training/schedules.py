@@ -95,8 +95,11 @@ class LearningRate:
     rewarm: float | None = None
 
     def __post_init__(self) -> None:
-        if self.peak <= 0 or not 0 <= self.warmup < 1 or not 0 < self.decay <= 1:
-            raise ValueError(f"a learning rate above 0, a warm-up and a decay within training are needed, got {self}")
+        within = 0 <= self.warmup < 1 and 0 < self.decay <= 1 and (self.rewarm is None or 0 <= self.rewarm < 1)
+        if self.peak <= 0 or not within:
+            raise ValueError(
+                f"a learning rate above 0, and warm-ups and a decay within training, are needed, got {self}"
+            )
 
     def __call__(self, progress: float) -> float:
         """The learning rate after the share `progress` of all rows."""

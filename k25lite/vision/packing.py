@@ -186,7 +186,7 @@ class PackedLayout:
         return merged[torch.from_numpy(back).to(self.device, non_blocking=True)]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)  # of a large chunk each holds a megabyte
 def _item_order(t: int, h: int, w: int, merge: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For the patches of one item in the encoder's order: raster index in the item, raster index in the frame, frame."""
     raster = np.arange(h * w).reshape(h // merge, merge, w // merge, merge)

@@ -7,7 +7,7 @@ rows and in nothing else, their token budgets are equal by construction.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -75,12 +75,17 @@ def make_rows(documents: Iterator[Document], count: int, context: int, tokenizer
     """Pack documents into `count` rows, each document into the fullest open row that still holds it.
 
     Raises:
-        ValueError: a document is longer than a row.
+        ValueError: a document is longer than a row, or there are too few documents.
     """
     rows: list[Row] = []
     open_rows: list[OpenRow] = []
     while len(rows) < count:
-        for document in tokenised(islice(documents, 512), tokenizer):
+        batch = list(islice(documents, 512))
+        if not batch:
+            raise ValueError(
+                f"the documents end after {len(rows)} of {count} rows and {len(open_rows)} half-filled ones"
+            )
+        for document in tokenised(batch, tokenizer):
             if len(document.ids) > context:
                 text = tokenizer.decode(document.ids)
                 raise ValueError(f"a row of {context} tokens cannot hold a document of {len(document.ids)}: {text}")
@@ -117,8 +122,7 @@ class OpenRow:
         return Row(input_ids, position_ids, np.where(asked, input_ids, -100), tuple(self.media), len(self.ids))
 
 
-def tokenised(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[OpenRow]:
-    batch = list(documents)
+def tokenised(batch: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[OpenRow]:
     cut = [pieces(document) for document in batch]
     ids = iter(tokenizer([piece for parts in cut for piece in parts], add_special_tokens=False)["input_ids"])
     for document, parts in zip(batch, cut, strict=True):

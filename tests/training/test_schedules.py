@@ -75,9 +75,10 @@ def test_the_learning_rate_warms_up_stays_and_decays():
     assert [again(p) for p in (0.05, 0.4, 0.475, 0.525, 0.7, 0.95)] == pytest.approx([0.5, 1, 1, 0.5, 1, 0.55])
 
 
-def test_a_learning_rate_that_is_none_is_refused():
+@pytest.mark.parametrize("wrong", [{"peak": 0.0}, {"rewarm": 1.0}, {"rewarm": -0.1}])
+def test_a_learning_rate_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError, match="learning rate"):
-        LearningRate(0.0)
+        LearningRate(**{"peak": 1.0} | wrong)
 
 
 def test_rows_in_counts_the_last_partial_step():

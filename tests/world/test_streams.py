@@ -57,7 +57,7 @@ def test_a_document_reads_as_its_pieces(world):
         text = " ".join(pieces(document))
         assert text.count("<media>") == sum(media_tokens(item) for item in document.media)
         if not document.media:
-            assert text == f"{document.text} <eos>"
+            assert text == " ".join(f"{prompt} {answer} ." for prompt, answer in document.turns) + " <eos>"
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others(world, words):
@@ -74,6 +74,11 @@ def test_families_come_in_the_shares_of_the_mix(world):
     drawn = [document.family for document in islice(documents(world, TEXT_MIX, 0), 4000)]
     for family, share in TEXT_MIX.items():
         assert drawn.count(family) / 4000 == pytest.approx(share, abs=0.03)
+
+
+def test_documents_that_end_before_the_rows_are_full_are_refused(words):
+    with pytest.raises(ValueError, match="the documents end after 0 of 1 rows"):
+        make_rows(iter([Document("x", "x", (("17 + 25 =", "42"),))] * 10), 1, 32, words)
 
 
 def test_a_document_longer_than_a_row_is_refused(world, words):
