@@ -39,7 +39,8 @@ def reproduce(
     notebooks: numbers ("01"), names ("01_moonvit3d") or paths; None means all of `root`/notebooks. root: the checkout;
     by default the working directory if it has notebooks, else the checkout this library lies in. seeds: how many
     (0, 1, ...); None leaves them to the notebook's profile. `out`, by default `root`/runs/reproduce/`profile`, receives
-    notebooks/NN_name.ipynb (executed), results/NN_name.json, scorecard.html and scorecard.json, over older ones.
+    notebooks/NN_name.ipynb (executed), results/NN_name.json, scorecard.html and scorecard.json, over older ones; the
+    scorecard also shows what earlier runs left there of other notebooks of the checkout.
     Progress goes to `stream`, by default standard output. A claim that does not hold is a result, not a failure.
     Raises ValueError, before anything runs, for an unknown notebook or profile, fewer than one seed, or an `out` whose
     copies would fall on the notebooks themselves. Interrupted, it stops its kernel.
@@ -66,7 +67,9 @@ def reproduce(
         if failure:
             failures[notebook.stem] = failure
 
-    html, data = scorecard.build([out / "results" / f"{n.stem}.json" for n in selected], out, failures)
+    shown = {notebook.stem for notebook in selected}  # and what earlier runs left
+    shown |= {n.stem for n in _there(root / "notebooks") if (out / "results" / f"{n.stem}.json").exists()}
+    html, data = scorecard.build([out / "results" / f"{name}.json" for name in sorted(shown)], out, failures)
     print(f"\n{len(selected) - len(failures)} of {len(selected)} notebooks ran to the end", file=stream)
     for name in failures:
         print(f"  failed: {name}", file=stream)
@@ -79,7 +82,7 @@ def select(wanted: Sequence[str] | None, folder: Path) -> list[Path]:
 
     Raises ValueError naming what exists if one is unknown, or if two share a name and so would share their results.
     """
-    there = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    there = _there(folder)
     chosen = set(there) if wanted is None else set()
     for word in wanted or ():
         number = word.zfill(2) if word.isdecimal() else None
@@ -98,12 +101,17 @@ def select(wanted: Sequence[str] | None, folder: Path) -> list[Path]:
     return sorted(chosen, key=lambda n: n.name)
 
 
+def _there(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+
+
 def _run(notebook: Path, copy: Path, results: Path, parameters: dict[str, Any], stream: TextIO) -> str | None:
     """Execute one notebook and say how it went. Returns what failed, in one line, or None."""
     for stale in (copy, results):  # of an earlier run: it must not pass for this one's
         stale.unlink(missing_ok=True)
         stale.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(notebook.stem, stream)
+    before = os.environ.get("K25LITE_STATIC")
     os.environ["K25LITE_STATIC"] = "1"  # kernels inherit it; see k25lite.plots.explore
     try:
         with progress:
@@ -115,6 +123,10 @@ def _run(notebook: Path, copy: Path, results: Path, parameters: dict[str, Any], 
         failure = where + _first_line(f"{type(error).__name__}: {error}")
     else:
         failure = _fault(results, notebook.stem, parameters["PROFILE"])
+    finally:
+        del os.environ["K25LITE_STATIC"]
+        if before is not None:
+            os.environ["K25LITE_STATIC"] = before
     print(f"{notebook.stem}  {'FAILED' if failure else 'done'}  {progress.elapsed}", file=stream)
     if failure:
         print(f"    {failure}", file=stream)

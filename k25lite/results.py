@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -101,6 +102,10 @@ class Claim:
     per_seed: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        told = self.ours.values() if isinstance(self.ours, dict) else [self.ours]
+        numbers = [*(value for value in told if not isinstance(value, str)), *chain(*self.per_seed.values())]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"claim {self.name!r} has a value that is not finite: {self.ours}, {self.per_seed}")
         if self.ci95 is None and not self.reason:
             raise ValueError(f"claim {self.name!r} has no interval: say why in `reason`")
         judged = None
@@ -128,6 +133,8 @@ class Check:
     def __post_init__(self) -> None:
         if self.relation not in ("<=", ">="):
             raise ValueError(f"check {self.name!r}: relation is '<=' or '>=', got {self.relation!r}")
+        if not math.isfinite(self.limit):
+            raise ValueError(f"check {self.name!r}: a limit is a finite number, got {self.limit}")
         within = self.value is not None and (
             self.value <= self.limit if self.relation == "<=" else self.value >= self.limit
         )

@@ -93,6 +93,18 @@ def test_results_must_be_saved_and_be_those_of_this_run(tmp_path):
     assert "NotJSONError" in garbage
 
 
+def test_a_part_that_runs_again_leaves_the_rest_on_the_scorecard(tmp_path, monkeypatch):
+    monkeypatch.delenv("K25LITE_STATIC", raising=False)
+    for name in ("01_first", "02_second"):
+        write_notebook(tmp_path, name, good(name))
+    (tmp_path / "notebooks" / "03_never.ipynb").write_text("not run")
+    for wanted in (["01", "02"], ["02"]):
+        assert reproduce(wanted, root=tmp_path, out=tmp_path / "out", stream=io.StringIO()) is True
+    data = json.loads((tmp_path / "out" / "scorecard.json").read_text())
+    assert [n["notebook"] for n in data["notebooks"]] == ["01_first", "02_second"]
+    assert "K25LITE_STATIC" not in os.environ
+
+
 def test_seeds_are_left_to_the_notebook_unless_given_and_the_copy_runs_again(tmp_path):
     path = write_notebook(tmp_path, "05_own_seeds", "open('here', 'w').close()", good("05_own_seeds"))
     out = tmp_path / "{out}"

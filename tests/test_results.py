@@ -121,6 +121,18 @@ def test_only_the_verdict_of_the_interval_can_be_recorded(differences, direction
                 record().claim("c", holds=holds, **common)
 
 
+@pytest.mark.parametrize("wrong", [{"ours": math.nan}, {"ours": {"a": math.inf}}, {"per_seed": {"a": [0.5, math.nan]}}])
+def test_a_number_that_is_not_finite_is_refused_with_the_name_of_its_claim(wrong):
+    told = {**ABOUT, "ours": 0.5, "ci95": None, "n": 1, "holds": None, "reason": "one run"} | wrong
+    with pytest.raises(ValueError, match="claim 'c' has a value that is not finite"):
+        record().claim("c", **told)
+
+
+def test_a_limit_is_finite():
+    with pytest.raises(ValueError, match="check 'c': a limit is a finite number, got inf"):
+        record().check("c", 0.5, math.inf, source="ours")
+
+
 def test_compare_computes_interval_means_and_verdict_from_the_seeds():
     claim = record().compare("table1.ocr.early>late", EARLY, LATE, arms=("early", "late"), unit="accuracy", **ABOUT)
     interval = paired_interval(EARLY, LATE)
