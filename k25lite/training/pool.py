@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -63,7 +63,7 @@ def side_by_side(
     return [future.result() for future in futures]
 
 
-@cache
+@lru_cache(maxsize=1)  # another count lets go of the pool before, which then ends once its runs are done
 def _pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
 

@@ -57,6 +57,12 @@ def test_processes_are_kept_and_work_where_the_caller_is(tmp_path, monkeypatch):
     assert {stages for _, _, stages, _ in run(where, range(4))} == {None}
 
 
+def test_another_number_of_processes_lets_the_former_ones_go():
+    before = {pid for pid, *_ in run(where, range(4))}
+    side_by_side(where, [1], workers=1, progress=False)
+    assert not psutil.wait_procs([p for p in psutil.Process().children() if p.pid in before], timeout=10)[1]
+
+
 def test_an_error_is_raised_and_the_next_call_is_none_the_worse():
     with pytest.raises(ValueError, match="three"):
         run(fail, [1, 2, 3, 4])
