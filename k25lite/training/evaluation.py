@@ -16,6 +16,7 @@ from k25lite.vision import pack
 from k25lite.world.families import Document, LiteWorld
 from k25lite.world.streams import expand
 
+BATCH = 256  # questions
 END = "."  # after an answer, so that the start of a longer one does not count
 
 
@@ -62,7 +63,7 @@ def tokenise(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) 
 
 
 @torch.no_grad()
-def exact_match(model: K25Lite, questions: Questions, batch_size: int = 256) -> list[bool]:
+def exact_match(model: K25Lite, questions: Questions) -> list[bool]:
     """Whether greedy decoding would give each answer exactly, and then stop.
 
     One forward pass over prompt and answer tells: greedy decoding gives the answer if and only if every token of it is the
@@ -71,8 +72,8 @@ def exact_match(model: K25Lite, questions: Questions, batch_size: int = 256) -> 
     training = model.training
     model.eval()
     correct: list[bool] = []
-    for start in range(0, len(questions.documents), batch_size):
-        part = slice(start, start + batch_size)
+    for start in range(0, len(questions.documents), BATCH):
+        part = slice(start, start + BATCH)
         targets = questions.targets[part].to(model.device)
         logits = model(questions.input_ids[part].to(model.device), **vision_inputs(questions.documents[part], model))[
             "logits"

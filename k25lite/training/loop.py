@@ -75,10 +75,6 @@ class History:
         self.log.to_json(folder / "log.json", orient="records", double_precision=15)
         self.scores.to_json(folder / "scores.json", orient="records", double_precision=15)
 
-    @classmethod
-    def load(cls, folder: Path) -> History:
-        return cls(*(pd.read_json(folder / f"{name}.json", precise_float=True) for name in ("log", "scores")))
-
 
 def train(
     model: K25Lite,
@@ -89,7 +85,7 @@ def train(
     evaluate: Callable[[K25Lite], pd.DataFrame] | None = None,
     evaluate_at: Sequence[int] = (),
     checkpoints: Path | None = None,
-    checkpoint_every: int = 500,
+    checkpoint_every: int = 200,
     trackers: Sequence[str] = (),
     progress: bool = True,
 ) -> History:

@@ -103,10 +103,6 @@ class MuonClip(torch.optim.Optimizer):
         if self.qk_clip is not None:
             self.qk_clip.record(self.param_groups[0]["steps"])
 
-    def metrics(self) -> dict[str, float]:
-        """For logging: see `QKClip.metrics`; empty without it."""
-        return {} if self.qk_clip is None else self.qk_clip.metrics()
-
     def _muon_step(self, group: dict[str, Any]) -> None:
         # Matrices of one size, lying or standing, go through the iterations together: small ones alone waste the hardware.
         stacks: dict[tuple, list[tuple[nn.Parameter, float, bool, torch.Tensor]]] = defaultdict(list)

@@ -108,17 +108,6 @@ def token_log_probs(logits: Tensor, input_ids: Tensor) -> Tensor:
     return F.pad(-losses.view(after.shape), (1, 0))
 
 
-def entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean entropy, in nats, of what the tokens of `mask` were drawn from (token i from logits i − 1); 0 without any.
-
-    [rows, length, words], [rows, length] bool -> a scalar with a gradient.
-    """
-    log_probs = _at_least_float32(logits[:, :-1][mask[:, 1:]]).log_softmax(-1)
-    # A word of logit −inf adds nothing; 0 · −inf would be NaN.
-    log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
-    return -(log_probs.exp() * log_probs).sum() / max(len(log_probs), 1)
-
-
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

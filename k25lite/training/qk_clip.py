@@ -68,14 +68,6 @@ class QKClip:
                 scale_logits(module, factors)
         self.record(number + 1)
 
-    def metrics(self) -> dict[str, float]:
-        """{"max_logit/<layer>": value, ..., "heads_clipped": count} at the last recorded step; empty before the first."""
-        if self.highest is None or self.clipped is None:
-            return {}
-        parts = zip(self.layers, self.highest.cpu().split(self.heads), strict=True)
-        metrics = {f"max_logit/{name}": part.max().item() for name, part in parts}
-        return metrics | {"heads_clipped": float(self.clipped.sum())}
-
 
 def query_projection(attention: Any) -> nn.Linear:
     """The linear layer whose output is the queries; a DeepseekV3 may have a bottleneck before it."""

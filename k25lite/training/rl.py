@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from k25lite.model import K25Lite
-from k25lite.training.loop import Recipe, Saver, fingerprint, make_optimiser, precision
+from k25lite.training.loop import History, Recipe, Saver, fingerprint, make_optimiser, precision
 from k25lite.training.objective import Toggle, advantages, policy_loss, ppo_loss, token_log_probs
 from k25lite.training.rewards import box_f1, count_closeness, count_exact, edit_similarity
 from k25lite.training.rollout import Prompt, Rollout, roll_out
@@ -91,22 +91,14 @@ class Question:
 
 
 @dataclass
-class RLHistory:
-    """What learning leaves beside the weights.
+class RLHistory(History):
+    """As any training's, with another log.
 
     Attributes:
         log: one row per step: reward (before Toggle), accuracy, length (tokens written per rollout), programs (share of
             rollouts that ran one), entropy [nats per token], the figures of the objective, gradient_norm, tokens written,
             flops, and the seconds that rollout, reward and update took.
-        scores: what `evaluate` returned, with the step it was called before; the last step is the number of steps.
     """
-
-    log: pd.DataFrame
-    scores: pd.DataFrame
-
-    def save(self, folder: Path) -> None:
-        self.log.to_json(folder / "log.json", orient="records", double_precision=15)
-        self.scores.to_json(folder / "scores.json", orient="records", double_precision=15)
 
 
 @dataclass
@@ -213,7 +205,7 @@ def reinforce(
     evaluate: Callable[[K25Lite], pd.DataFrame] | None = None,
     evaluate_at: Sequence[int] = (),
     checkpoints: Path | None = None,
-    checkpoint_every: int = 20,
+    checkpoint_every: int = 5,
     progress: bool = True,
 ) -> RLHistory:
     """Train `model` in place.

@@ -23,7 +23,7 @@ import numpy as np
 from k25lite.training.programs import evaluate, words
 from k25lite.training.rewards import box_f1, exact
 from k25lite.training.vision_tools import beside
-from k25lite.world.families import CHARACTERS, LENGTH, Document, is_held_out
+from k25lite.world.families import LENGTH, Document, board_words, printed_string
 from k25lite.world.pictures import draw_board, draw_string
 from k25lite.world.scenes import CELL, CELLS, COLOURS, GLYPH, SHAPES, Thing
 
@@ -231,19 +231,7 @@ def as_code(program: str) -> str:
 
 
 def _content(kind: str, random: Random, test: bool) -> Content:
-    while True:
-        if kind in STRING_KINDS:
-            text = "".join(random.choice(CHARACTERS) for _ in range(LENGTH))
-            if is_held_out(text) is test:
-                return text
-        else:
-            board = [_word(random) for _ in CELLS]
-            if is_held_out(str(board)) is test and set(board) != {"none"}:
-                return tuple(board)
-
-
-def _word(random: Random) -> str:
-    return "none" if random.random() < 0.2 else f"{random.choice(list(COLOURS))}-{random.choice(SHAPES)}"
+    return printed_string(random, test) if kind in STRING_KINDS else tuple(board_words(random, test))
 
 
 def _thing(word: str, random: Random) -> Thing | None:

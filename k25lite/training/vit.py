@@ -155,10 +155,10 @@ def train(
     return pd.DataFrame({"step": range(steps), "loss": torch.stack(losses).cpu().numpy(), "learning_rate": rates})
 
 
-def warmup_stable_decay(step: int, steps: int, warmup: float = 0.05, decay: float = 0.3) -> float:
-    """The share of the peak learning rate at a step: linear up, flat, linear down to a tenth."""
-    rising = (step + 1) / math.ceil(warmup * steps)
-    falling = 0.1 + 0.9 * (steps - step) / (decay * steps)
+def warmup_stable_decay(step: int, steps: int) -> float:
+    """The share of the peak learning rate at a step: up over a twentieth, flat, over three tenths down to a tenth."""
+    rising = (step + 1) / math.ceil(0.05 * steps)
+    falling = 0.1 + 0.9 * (steps - step) / (0.3 * steps)
     return min(1.0, rising, falling)
 
 

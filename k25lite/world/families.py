@@ -35,7 +35,7 @@ FAMILIES = VISION_FAMILIES + TEXT_FAMILIES + EXTRA_FAMILIES
 
 CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # without those that look alike: 0 and O, 1 and I
 LENGTH, DIGITS = 6, 3  # of printed strings, and of written numbers
-PICTURED, UNPICTURED = 48, 600  # entities
+PICTURED, UNPICTURED = 48, 600  # entities that have a picture, and that are known from text alone
 CHAIN = entity_names(PICTURED + UNPICTURED + 12)[-12:]  # names without facts, to point at each other
 Turn = tuple[str, str]  # (prompt, answer)
 T = TypeVar("T")
@@ -61,11 +61,6 @@ class Document:
     media: tuple[np.ndarray, ...] = ()
     apart: bool = False
 
-    @property
-    def text(self) -> str:
-        end = " <eos>" if self.apart else " ."
-        return " ".join(f"{prompt} {answer}{end}" for prompt, answer in self.turns)
-
 
 def is_held_out(content: str) -> bool:
     """Whether a content belongs to the tests; by checksum, so that it does on every platform and in every world."""
@@ -77,12 +72,11 @@ class LiteWorld:
 
     Args:
         seed: of the entities. Documents draw from the `random` they are given.
-        pictured, unpictured: how many entities have a picture, and how many are known from text alone.
     """
 
-    def __init__(self, seed: int, pictured: int = PICTURED, unpictured: int = UNPICTURED):
-        self.entities = make_entities(seed, pictured, unpictured)
-        self.pictured = self.entities[:pictured]
+    def __init__(self, seed: int):
+        self.entities = make_entities(seed, PICTURED, UNPICTURED)
+        self.pictured = self.entities[:PICTURED]
 
     def document(self, family: str, random: Random) -> Document:
         """A training document of a family."""
@@ -110,7 +104,7 @@ class LiteWorld:
             entity = random.choice(self.pictured)
             words, picture = [entity.name], draw_entity(entity, random)[None]
         elif family == "ocr":
-            words = _string(random, test=False)
+            words = printed_string(random, test=False)
             picture = draw_string(words, random)[None]
         else:
             words, digits = draw_handwriting(DIGITS, random)
@@ -152,7 +146,7 @@ class LiteWorld:
         return Document("vision_reasoning", "listed", (listed, *turns), picture)
 
     def _ocr(self, random: Random, test: bool) -> Document:
-        text = _string(random, test)
+        text = printed_string(random, test)
         return Document(
             "ocr", f"{len(text)} characters", (("<image> reads", text),), (draw_string(text, random)[None],)
         )
@@ -238,8 +232,8 @@ def _draw(make: Callable[[], T], test: bool) -> T:
     return content
 
 
-def _board(random: Random, test: bool, moving: bool = False) -> list[Thing | None]:
-    """Four cells, each empty with probability 1/5. Held out is the list of what stands where, whatever moves how."""
+def board_words(random: Random, test: bool) -> list[str]:
+    """What stands in the four cells of a board, each empty with probability 1/5, not all of them."""
 
     def draw() -> list[str]:
         return [_none(random) or f"{random.choice(list(COLOURS))}-{random.choice(SHAPES)}" for _ in CELLS]
@@ -247,8 +241,13 @@ def _board(random: Random, test: bool, moving: bool = False) -> list[Thing | Non
     words = _draw(draw, test)
     while set(words) == {"none"}:
         words = _draw(draw, test)
+    return words
+
+
+def _board(random: Random, test: bool, moving: bool = False) -> list[Thing | None]:
+    """Four cells. Held out is the list of what stands where, whatever moves how."""
     things: list[Thing | None] = []
-    for word in words:
+    for word in board_words(random, test):
         start = (random.randrange(CELL - GLYPH + 1), random.randrange(CELL - GLYPH + 1))
         motion = random.choice(list(DIRECTIONS)) if moving else "still"
         colour, _, shape = word.partition("-")
@@ -256,7 +255,7 @@ def _board(random: Random, test: bool, moving: bool = False) -> list[Thing | Non
     return things
 
 
-def _string(random: Random, test: bool) -> str:
+def printed_string(random: Random, test: bool) -> str:
     return _draw(lambda: "".join(random.choice(CHARACTERS) for _ in range(LENGTH)), test)
 
 

@@ -122,13 +122,8 @@ def make_tasks(
     return tasks
 
 
-def write_library(
-    folder: str | PathLike[str], library: Library, tasks: Iterable[Task] = (), explained: bool = False
-) -> Path:
+def write_library(folder: str | PathLike[str], library: Library, tasks: Iterable[Task] = ()) -> Path:
     """A library and tasks as files: documents.jsonl, tasks.jsonl, gold/<instance_id>.csv, README.md.
-
-    Args:
-        explained: see `Task.record`.
 
     Raises:
         ValueError: two tasks have the same id. OSError: the folder cannot be written.
@@ -138,7 +133,7 @@ def write_library(
         raise ValueError("two tasks have the same instance_id")
     (folder / "gold").mkdir(parents=True, exist_ok=True)
     documents = [{"title": title, "text": text} for title, text in library.documents.items()]
-    for name, records in (("documents", documents), ("tasks", [task.record(explained) for task in tasks])):
+    for name, records in (("documents", documents), ("tasks", [task.record() for task in tasks])):
         lines = "".join(f"{json.dumps(record)}\n" for record in records)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
     for task in tasks:

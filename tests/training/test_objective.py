@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k25lite.training.objective import Toggle, advantages, entropy, policy_loss, ppo_loss, token_log_probs
+from k25lite.training.objective import Toggle, advantages, policy_loss, ppo_loss, token_log_probs
 
 BOUNDS = {"low": -0.2, "high": 0.3}
 
@@ -238,23 +238,6 @@ def test_log_probabilities_are_those_of_the_distribution_before_each_token(dtype
     for i in range(1, 6):
         before = torch.distributions.Categorical(logits=logits[:, i - 1].to(found.dtype))
         torch.testing.assert_close(found[:, i], before.log_prob(input_ids[:, i]))
-
-
-def test_entropy_is_that_of_the_distributions_the_own_tokens_were_drawn_from():
-    logits = torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mask = torch.zeros(3, 6, dtype=torch.bool)
-    mask[0, 2] = mask[0, 5] = mask[2, 1] = True
-    drawn = torch.distributions.Categorical(logits=torch.stack([logits[0, 1], logits[0, 4], logits[2, 0]]))
-    torch.testing.assert_close(entropy(logits, mask), drawn.entropy().mean())
-    assert float(entropy(logits, torch.zeros_like(mask))) == 0
-
-
-def test_entropy_bears_words_that_are_excluded():
-    logits = torch.tensor([[[0.0, 0.0, -math.inf], [0.0, 0.0, 0.0]]], requires_grad=True)
-    found = entropy(logits, torch.tensor([[False, True]]))
-    found.backward()
-    assert found.item() == pytest.approx(math.log(2))
-    assert logits.grad.isfinite().all()
 
 
 def test_a_policy_learns_what_is_rewarded():

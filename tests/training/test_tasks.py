@@ -98,8 +98,8 @@ def test_demonstrations_are_written_in_known_words_and_come_back_as_programs(kin
         for shown in (False, True):
             document = task.document(random, shown)
             ids = tokenizer(" ".join(pieces(document)))["input_ids"]
-            assert tokenizer.unk_token_id not in ids, document.text
-            assert len(ids) <= 64, document.text
+            assert tokenizer.unk_token_id not in ids, document.turns
+            assert len(ids) <= 64, document.turns
         for program in task.programs:
             code = as_code(tokenizer.decode(tokenizer(program)["input_ids"]))
             assert observe(code, task.content) == task.observations[task.programs.index(program)]
