@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def stages_folder() -> Path:
     return Path(os.environ.get("K25LITE_STAGES") or root / "runs" / "stages")
 
 
-def cached(name: str, config: Any, build: Callable[[Path], None]) -> Path:
+def cached(name: str, config: Any, build: Callable[..., None], *, resumes: bool = False) -> Path:
     """The folder of a stage, built by `build(folder)` if it is not there yet.
 
     Two processes may build the same stage at once; the first to finish is kept. A build that fails or is killed leaves
@@ -39,23 +40,50 @@ def cached(name: str, config: Any, build: Callable[[Path], None]) -> Path:
 
     Args:
         config: everything the outcome depends on beside the code, as JSON can say it.
+        resumes: call `build(folder, checkpoints)`; what it leaves in the folder `checkpoints` the next call finds there if
+            this one is killed. It is None while another process builds the same stage.
     """
     folder = stages_folder() / f"{name}-{key(config, Path(inspect.getfile(build)))}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # of processes that train together one alone would get the lock
+    with _checkpoints(folder) if resumes and alone else nullcontext() as checkpoints:
+        if not folder.exists():  # another process may have finished it by now
+            _build(folder, name, config, partial(build, checkpoints=checkpoints) if resumes else build)
+    return folder
+
+
+def _build(folder: Path, name: str, config: Any, build: Callable[[Path], None]) -> None:
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
     try:
-        build(partial)
-        (partial / "stage.json").write_text(json.dumps({"name": name, "config": config}, indent=2))
+        build(unfinished)
+        (unfinished / "stage.json").write_text(json.dumps({"name": name, "config": config}, indent=2))
         try:
-            partial.rename(folder)
+            unfinished.rename(folder)
         except OSError:
             if not folder.exists():
                 raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _checkpoints(stage: Path) -> Iterator[Path | None]:
+    """The folder for the checkpoints of a stage, gone once that is there; None if another process holds it."""
+    folder = stage.with_name(f".{stage.name}-checkpoints")
+    with ExitStack() as stack:
+        try:
+            import fcntl  # not on Windows
+
+            folder.mkdir(exist_ok=True)
+            fcntl.flock(stack.enter_context(open(folder / "lock", "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (ImportError, OSError):  # held, or just removed with its stage complete, or locks are not to be had here
+            yield None
+            return
+        yield folder
+        if stage.exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def key(config: Any, module: Path) -> str:

@@ -85,7 +85,7 @@ def model_config(**changes: Any) -> K25LiteConfig:
     return K25LiteConfig.lite(len(tokenizer()), vision_config=encoder, **shape | changes)
 
 
-def vit_stage(seed: int, budget: Budget, progress: bool = False) -> Path:
+def vit_stage(seed: int, budget: Budget) -> Path:
     """The folder of an encoder trained on captions alone; its history beside it."""
 
     def build(folder: Path) -> None:
@@ -94,16 +94,17 @@ def vit_stage(seed: int, budget: Budget, progress: bool = False) -> Path:
         world = LiteWorld(FIRST_SEED + seed)
         rows = make_rows(captions(world, FIRST_SEED + seed), budget.caption_rows, CONTEXT, tokenizer())
         steps = plan(None, len(rows), 0, ROWS_PER_STEP)
-        train(model, steps, {"text": rows}, Recipe(LearningRate(3e-3), qk_clip=None), progress=progress).save(folder)
+        train(model, steps, {"text": rows}, Recipe(LearningRate(3e-3), qk_clip=None), progress=False).save(folder)
         model.save_pretrained(folder)
 
     return cached("vit", {"seed": seed, "caption_rows": budget.caption_rows}, build)
 
 
 def joint_stage(run: JointRun) -> Path:
-    """The folder of a jointly trained model: `K25Lite`, history, final scores."""
+    """The folder of a jointly trained model: `K25Lite`, history, final scores. Killed, it goes on from a checkpoint."""
 
-    def build(folder: Path) -> None:
+    def build(folder: Path, checkpoints: Path | None) -> None:
+        captioner = K25Lite.from_pretrained(vit_stage(run.seed, run.budget))
         torch.manual_seed(FIRST_SEED + run.seed)
         model = K25Lite(model_config(moe=run.moe))
         for part in ("vision_tower", "mm_projector"):
@@ -122,6 +123,7 @@ def joint_stage(run: JointRun) -> Path:
             run.recipe,
             evaluate=lambda model: scores(model, curve),
             evaluate_at=evaluation_steps(run, len(steps), text + vision),
+            checkpoints=checkpoints,
             progress=False,
         )
         history.save(folder)
@@ -131,8 +133,7 @@ def joint_stage(run: JointRun) -> Path:
         pd.concat(answered).to_json(folder / "final.json", orient="records")
         model.save_pretrained(folder)
 
-    captioner = K25Lite.from_pretrained(vit_stage(run.seed, run.budget))
-    return cached("joint", {name: value for name, value in asdict(run).items() if name != "name"}, build)
+    return cached("joint", {name: value for name, value in asdict(run).items() if name != "name"}, build, resumes=True)
 
 
 def evaluation_steps(run: JointRun, steps: int, rows: int) -> list[int]:

@@ -117,9 +117,9 @@ def sft_rows(run: SFTRun) -> dict[str, list[Row]]:
 
 
 def sft_stage(run: SFTRun) -> Path:
-    """The folder of a fine-tuned model and its history."""
+    """The folder of a fine-tuned model and its history. Killed, it goes on from a checkpoint."""
 
-    def build(folder: Path) -> None:
+    def build(folder: Path, checkpoints: Path | None) -> None:
         seed = FIRST_SEED + run.base.seed
         torch.manual_seed(seed)
         model = K25Lite.from_pretrained(base)
@@ -130,11 +130,11 @@ def sft_stage(run: SFTRun) -> Path:
             order: list[tuple[Any, int]] = [(stream, i) for stream, part in rows.items() for i in range(len(part))]
             Random(f"k25lite SFT order {seed}").shuffle(order)
             steps = [order[start : start + ROWS_PER_STEP] for start in range(0, len(order), ROWS_PER_STEP)]
-            train(model, steps, rows, run.recipe, progress=False).save(folder)
+            train(model, steps, rows, run.recipe, checkpoints=checkpoints, progress=False).save(folder)
         model.save_pretrained(folder)
         # Who has learnt no tools is not told of any: it is asked as in its training.
         examine_and_save(model, words, run.base.seed, run.questions, folder, tools=run.rows > 0)
 
     base = joint_stage(run.base)
     config = {"base": base.name, **{name: value for name, value in asdict(run).items() if name not in ("name", "base")}}
-    return cached("sft", config, build)
+    return cached("sft", config, build, resumes=True)

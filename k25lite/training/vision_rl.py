@@ -5,7 +5,7 @@ Source: Kimi K2.5 report, section 2.3, Figure 2, Table 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 
 import pandas as pd
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from k25lite.model import K25Lite
 from k25lite.training.cache import cached
 from k25lite.training.examination import examine, examine_and_save
 from k25lite.training.joint import CONTEXT, FIRST_SEED, ROWS_PER_STEP, JointRun, joint_stage
-from k25lite.training.loop import train
+from k25lite.training.loop import History, train
 from k25lite.training.rl import Question, RLRecipe, make_pool, reinforce
 from k25lite.training.rollout import roll_out
 from k25lite.training.sandbox import Sandbox
@@ -59,14 +60,9 @@ def begin(start: SFTRun | JointRun | RLRun) -> Path:
 
 
 def rl_stage(run: RLRun) -> Path:
-    """The folder of a model after its run, with log, curve and examinations."""
+    """The folder of a model after its run, with log, curve and examinations. Killed, it goes on from a checkpoint."""
 
-    def build(folder: Path) -> None:
-        seed = FIRST_SEED + run.seed
-        torch.manual_seed(seed)
-        model, words = K25Lite.from_pretrained(first), tool_tokenizer()
-        model.resize_token_embeddings(len(words))  # nothing, after SFT
-        every = max(run.recipe.steps // 6, 1)
+    def learn(model: K25Lite, words: PreTrainedTokenizerBase, seed: int, checkpoints: Path | None) -> History:
         with Sandbox() as sandbox:
 
             def curve(model: K25Lite) -> pd.DataFrame:
@@ -74,15 +70,11 @@ def rl_stage(run: RLRun) -> Path:
                     model, words, sandbox, kinds=MANY, count=run.curve_questions, seed=FIRST_SEED // 2 + run.seed
                 )
 
-            points = range(0, run.recipe.steps + 1, every)
-            history = reinforce(model, words, run.recipe, seed, evaluate=curve, evaluate_at=points, progress=False)
-        history.save(folder)
-        model.save_pretrained(folder)
-        examine_and_save(model, words, run.seed, run.questions, folder)
+            points = range(0, run.recipe.steps + 1, max(run.recipe.steps // 6, 1))
+            options: dict[str, Any] = {"evaluate": curve, "evaluate_at": points, "checkpoints": checkpoints}
+            return reinforce(model, words, run.recipe, seed, **options, progress=False)
 
-    first = begin(run.start)
-    config: dict[str, Any] = {name: value for name, value in asdict(run).items() if name not in ("name", "start")}
-    return cached("rl", {"start": first.name} | config, build)
+    return _stage("rl", run, learn)
 
 
 def rejection_stage(run: RLRun) -> Path:
@@ -91,27 +83,37 @@ def rejection_stage(run: RLRun) -> Path:
     Rejection-sampling fine-tuning: all rollouts come from the start, the right ones are learnt from as demonstrations are.
     """
 
-    def build(folder: Path) -> None:
-        seed = FIRST_SEED + run.seed
-        torch.manual_seed(seed)
-        model, words = K25Lite.from_pretrained(first), tool_tokenizer()
-        model.resize_token_embeddings(len(words))  # nothing, after SFT
+    def learn(model: K25Lite, words: PreTrainedTokenizerBase, seed: int, _: Path | None) -> History | None:
         recipe = replace(run.recipe, pool=-(-run.recipe.steps * run.recipe.prompts // len(ABILITIES)))
         questions = [question for part in make_pool(recipe, seed).values() for question in part]
         with Sandbox() as sandbox:
             documents = list(successes(model, questions, sandbox, recipe, seed))
         Random(f"k25lite rejection {seed}").shuffle(documents)
-        if documents:
-            # Without end, because rows are counted: each success is learnt from about once.
-            rows = make_rows(cycle(documents), max(len(documents) // 2, ROWS_PER_STEP), CONTEXT, words)
-            steps = plan(None, len(rows), 0, ROWS_PER_STEP)
-            train(model, steps, {"text": rows}, run.recipe.update, progress=False).save(folder)
+        if not documents:
+            return None
+        # Without end, because rows are counted: each success is learnt from about once.
+        rows = make_rows(cycle(documents), max(len(documents) // 2, ROWS_PER_STEP), CONTEXT, words)
+        return train(model, plan(None, len(rows), 0, ROWS_PER_STEP), {"text": rows}, run.recipe.update, progress=False)
+
+    return _stage("rejection", run, learn)
+
+
+def _stage(name: str, run: RLRun, learn: Callable[..., History | None]) -> Path:
+    """The folder of what `learn` (model, words, seed, checkpoints) makes of the model a run begins with, examined."""
+
+    def build(folder: Path, checkpoints: Path | None) -> None:
+        seed = FIRST_SEED + run.seed
+        torch.manual_seed(seed)
+        model, words = K25Lite.from_pretrained(first), tool_tokenizer()
+        model.resize_token_embeddings(len(words))  # nothing, after SFT
+        if history := learn(model, words, seed, checkpoints):
+            history.save(folder)
         model.save_pretrained(folder)
         examine_and_save(model, words, run.seed, run.questions, folder)
 
     first = begin(run.start)
-    config: dict[str, Any] = {name: value for name, value in asdict(run).items() if name not in ("name", "start")}
-    return cached("rejection", {"start": first.name} | config, build)
+    config: dict[str, Any] = {key: value for key, value in asdict(run).items() if key not in ("name", "start")}
+    return cached(name, {"start": first.name} | config, build, resumes=True)
 
 
 def successes(

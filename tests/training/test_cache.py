@@ -73,6 +73,34 @@ def test_a_build_that_fails_leaves_nothing(folder):
     assert (cached("vit", {}, write("whole")) / "weights").read_text() == "whole"
 
 
+def test_a_build_finds_the_checkpoints_of_one_that_was_stopped(folder):
+    def stopped(partial, checkpoints):
+        (checkpoints / "last").write_text("step 7")
+        raise KeyboardInterrupt
+
+    def resumed(partial, checkpoints):
+        (partial / "weights").write_text((checkpoints / "last").read_text())
+
+    with pytest.raises(KeyboardInterrupt):
+        cached("vit", {}, stopped, resumes=True)
+    stage = cached("vit", {}, resumed, resumes=True)
+    assert (stage / "weights").read_text() == "step 7"
+    assert list(folder.iterdir()) == [stage]
+
+
+def test_checkpoints_belong_to_one_process_at_a_time(folder):
+    given = []
+
+    def outer(partial, checkpoints):
+        given.append(checkpoints)
+        if len(given) == 1:
+            cached("vit", {}, outer, resumes=True)  # as another process would, meanwhile
+
+    stage = cached("vit", {}, outer, resumes=True)
+    assert given == [stage.with_name(f".{stage.name}-checkpoints"), None]
+    assert list(folder.iterdir()) == [stage]
+
+
 def slow(text):
     def build(folder):
         time.sleep(0.5)

@@ -1,5 +1,10 @@
 """The joint stage: same seed, same result; strategies differ in order alone; evaluated closely around the injection."""
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -7,7 +12,7 @@ import pytest
 import torch
 
 from k25lite.model import K25Lite
-from k25lite.training import cache, joint
+from k25lite.training import cache, joint, loop
 from k25lite.training.joint import Budget, JointRun, evaluation_steps, joint_stage, run_all, streams, vit_stage
 from k25lite.training.schedules import EARLY, LATE, STRATEGIES, Mix
 
@@ -44,8 +49,47 @@ def test_a_stage_is_trained_once_and_known_by_what_it_depends_on(stages):
     written = (folder / "log.json").stat().st_mtime_ns
     assert joint_stage(replace(run, name="another name")) == folder
     assert (folder / "log.json").stat().st_mtime_ns == written
+    (encoder,) = stages.glob("vit-*")
+    shutil.rmtree(encoder)
+    assert joint_stage(run) == folder
+    assert not encoder.exists(), "what is there needs no encoder"
     assert joint_stage(replace(run, mix=Mix(0.5, 0.2))) != folder
     assert len(list(stages.glob("vit-*"))) == 1, "all strategies of a seed begin with one encoder"
+
+
+KILLED = """
+import os, signal
+from k25lite.training import loop
+from k25lite.training.joint import Budget, JointRun, joint_stage
+from k25lite.training.schedules import EARLY
+
+def save(self, step, *rest, whole=loop.Saver.save):
+    whole(self, step, *rest)
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop.Saver.save = save
+loop.train.__kwdefaults__["checkpoint_every"] = 2
+joint_stage(JointRun("early", 0, Budget(caption_rows=20, rows=100, questions=4, curve_questions=2), EARLY))
+"""
+
+
+def test_a_stage_killed_half_way_goes_on_and_ends_the_same_to_the_bit(stages, monkeypatch):
+    run = JointRun("early", 0, TINY, EARLY)
+    vit_stage(0, TINY)
+    shutil.copytree(stages, stages / "whole")
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    assert subprocess.run([sys.executable, "-c", KILLED], env=environment).returncode == -signal.SIGKILL
+    begun, resume = [], loop.Saver.resume
+    monkeypatch.setattr(loop.Saver, "resume", lambda saver: begun.append(resume(saver)) or begun[-1])
+    cut = joint_stage(run)
+    assert [step for step, *_ in begun] == [6]
+    assert not list(stages.glob(".joint-*-checkpoints"))
+    monkeypatch.setenv("K25LITE_STAGES", str(stages / "whole"))
+    whole = joint_stage(run)
+    assert whole != cut
+    for name in ("model.safetensors", "log.json", "scores.json", "final.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_every_strategy_begins_with_the_same_weights_and_uses_the_same_rows():

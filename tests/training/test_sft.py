@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from k25lite.model import K25Lite
+from k25lite.training import sft
 from k25lite.training.evaluation import ask_all, exact_match
 from k25lite.training.examination import examine
 from k25lite.training.joint import BUDGETS, JointRun, joint_stage, tokenizer
@@ -74,9 +75,12 @@ def test_known_words_keep_their_ids_and_their_meaning(base):
     assert {name: exact_match(model, asked) for name, asked in questions.items()} == before
 
 
-def test_a_stage_is_trained_once_and_examined_on_pictures(base):
+def test_a_stage_is_trained_once_and_examined_on_pictures(base, monkeypatch):
     run = SFTRun("zero-vision", ARMS["zero-vision"], base, rows=20, questions=2)
+    kept, train = [], sft.train
+    monkeypatch.setattr(sft, "train", lambda *a, **k: kept.append(k["checkpoints"].is_dir()) or train(*a, **k))
     folder = sft_stage(run)
+    assert kept == [True]
     assert sft_stage(replace(run, name="another name")) == folder
     assert sft_stage(replace(run, arm=ARMS["few text"])) != folder
     model = K25Lite.from_pretrained(folder)

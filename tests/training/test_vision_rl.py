@@ -41,6 +41,7 @@ def trained(tmp_path_factory):
 
     def watched(model, *arguments, **options):
         begun.append(weights(model))
+        assert options["checkpoints"].is_dir()
         return reinforce(model, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +65,7 @@ def test_a_run_is_trained_once_and_found_again_under_another_name(trained):
 def test_what_the_outcome_depends_on_makes_another_run(trained, monkeypatch):
     folders, _, _ = trained
 
-    def key(name, config, build):
+    def key(name, config, build, **_):
         return json.dumps(config, sort_keys=True)
 
     with monkeypatch.context() as patch:
