@@ -61,6 +61,11 @@ class Document:
     media: tuple[np.ndarray, ...] = ()
     apart: bool = False
 
+    @property
+    def text(self) -> str:
+        end = " <eos>" if self.apart else " ."
+        return " ".join(f"{prompt} {answer}{end}" for prompt, answer in self.turns)
+
 
 def is_held_out(content: str) -> bool:
     """Whether a content belongs to the tests; by checksum, so that it does on every platform and in every world."""
