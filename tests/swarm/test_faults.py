@@ -21,7 +21,7 @@ from k25lite.swarm.critical import summarise
 from k25lite.swarm.trace import CANCELLED
 
 MEGABYTE = "x" * 10**6
-SECONDS = 30  # that a sub-agent has: enough for those that do their work, on a busy machine
+SECONDS = 10  # that a sub-agent has: enough for those that do their work, on a busy machine
 
 
 async def look_slowly() -> str:
