@@ -262,7 +262,8 @@ class Saver:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            self.accelerator.save_state(str(partial))
+            # Not as safetensors, where accelerate warns of the tied weights each time.
+            self.accelerator.save_state(str(partial), safe_serialization=False)
             self.accelerator.wait_for_everyone()  # save_state does not: the others may still be writing
             if self.accelerator.is_main_process:
                 numbers = [{name: float(value) for name, value in entry.items()} for entry in log]

@@ -226,7 +226,7 @@ class TwoProcesses:
 
     is_main_process, _models, unwritten = True, (), None
 
-    def save_state(self, folder):
+    def save_state(self, folder, **_):
         self.unwritten = Path(folder) / "random_states_1.pkl"
         self.unwritten.parent.mkdir()
 
