@@ -129,10 +129,19 @@ def test_training_is_measured_on_one_thread_and_leaves_the_others_as_they_were(m
 
 
 def test_the_readme_shows_the_committed_measurements():
-    rows = json.loads((ROOT / "results" / "bench_swarm_cpu.json").read_text())["rows"]
-    value = {(row["case"], row["metric"], row["subject"]): row["value"] for row in rows}
     readme = (ROOT / "README.md").read_text()
-    for who in ("k25lite", "asyncio", *bench_peers.PEERS):
-        cpu = value["n=1000,latency_ms=0", "cpu_us_per_subagent", who]
-        wall = value["n=10000,latency_ms=50", "wall_s", who]
-        assert f"\n| {who} | {cpu:,.0f} µs | {wall:.3g} s |\n" in readme
+
+    def measured(file):
+        rows = json.loads((ROOT / "results" / file).read_text())["rows"]
+        value = {(row["case"], row["metric"], row["subject"]): row["value"] for row in rows}
+        for who in {subject for *_, subject in value} & {"k25lite", "asyncio", *bench_peers.PEERS}:
+            cpu, wall = (
+                value["n=1000,latency_ms=0", "cpu_us_per_subagent", who],
+                value["n=10000,latency_ms=50", "wall_s", who],
+            )
+            yield who, f"{cpu:,.0f} µs", f"{wall:.3g} s"
+
+    table = {*measured("bench_swarm_cpu.json")}
+    assert {who for who, *_ in table} == {"k25lite", "asyncio", *bench_peers.PEERS}
+    assert all(f"\n| {who} | {cpu} | {wall} |\n" in readme for who, cpu, wall in table)
+    assert all(f"{cpu} and {wall} for {who}" in readme for who, cpu, wall in measured("bench_swarm_alone_cpu.json"))
