@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from k25lite.results import paired_interval
 
-PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#666666"]
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#666666", "#000000", "#B8A800"]
 REPORT_COLOUR = "#8A8F98"
 
 
@@ -58,23 +58,25 @@ def compare_arms(
     y: str,
     seed: str = "seed",
     order: Sequence[str] | None = None,
+    colours: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Compare arms: each seed a point, paired across arms by a thin line, each arm's mean with its own 95 % t interval.
 
-    frame: one row per arm (column `x`) and seed (column `seed`) with the measured `y`. Two overlapping intervals do not
-    mean "no difference": the claim rests on the paired differences, which the thin lines show. Give `y` its unit in the
-    column's name or by `ax.set_ylabel`.
+    frame: one row per arm (column `x`) and seed (column `seed`) with the measured `y`. colours: of arms, so that they have
+    the same in every figure; the others take those of their places. Two overlapping intervals do not mean "no difference":
+    the claim rests on the paired differences, which the thin lines show. Give `y` its unit in the column's name or by
+    `ax.set_ylabel`.
     """
     ax = ax or plt.subplots()[1]
     order = list(order or dict.fromkeys(frame[x]))
     paired = frame.pivot(index=seed, columns=x, values=y)[order]
     ax.plot(range(len(order)), paired.T.to_numpy(), color="#B9BDC4", linewidth=0.9, zorder=1)
-    colours = [PALETTE[i % len(PALETTE)] for i in range(len(order))]
+    shades = _shades(order, colours)
     sns.stripplot(
-        frame, x=x, y=y, order=order, hue=x, hue_order=order, palette=colours, jitter=False, size=6, legend=False, ax=ax
+        frame, x=x, y=y, order=order, hue=x, hue_order=order, palette=shades, jitter=False, size=6, legend=False, ax=ax
     )
-    for place, (arm, colour) in enumerate(zip(order, colours, strict=True)):
+    for place, (arm, colour) in enumerate(shades.items()):
         values = paired[arm].dropna()
         mean, (low, high) = values.mean(), t_interval(values)
         ax.errorbar(
@@ -85,15 +87,27 @@ def compare_arms(
     return ax
 
 
+def _shades(arms: Sequence[str], colours: Mapping[str, str] | None) -> dict[str, str]:
+    return {arm: (colours or {}).get(arm, PALETTE[place % len(PALETTE)]) for place, arm in enumerate(arms)}
+
+
 def seed_curves(
-    frame: pd.DataFrame, *, x: str, y: str, hue: str | None = None, seed: str = "seed", ax: Axes | None = None
+    frame: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    hue: str | None = None,
+    seed: str = "seed",
+    colours: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw curves over training: one thin line per seed, the mean over seeds, and the band of its 95 % t interval.
 
     frame: one row per point of a curve, with the columns `x` (a step, say), `y`, `seed`, and `hue` for the arms.
+    colours: of arms, as for `compare_arms`.
     """
     ax = ax or plt.subplots()[1]
-    arms = {"hue": hue, "palette": PALETTE[: frame[hue].nunique()]} if hue else {"color": PALETTE[0]}
+    arms = {"hue": hue, "palette": _shades([*frame[hue].unique()], colours)} if hue else {"color": PALETTE[0]}
     sns.lineplot(frame, x=x, y=y, units=seed, estimator=None, linewidth=0.7, alpha=0.45, legend=False, ax=ax, **arms)
     sns.lineplot(frame, x=x, y=y, errorbar=t_interval, err_kws={"alpha": 0.15}, ax=ax, **arms)
     return ax

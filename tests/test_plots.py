@@ -84,3 +84,13 @@ def test_controls_call_the_drawing_where_there_is_a_front_end_and_are_left_out_w
     monkeypatch.setenv("K25LITE_STATIC", "1")
     plots.explore(lambda x: seen.append(x), x=widgets.IntSlider(4, 0, 9))
     assert seen == [3]
+
+
+def test_an_arm_keeps_its_colour_in_every_figure():
+    colours = {"late": "#123456"}
+    ax = plots.compare_arms(FRAME, x="injection", y="accuracy", order=["late", "early"], colours=colours)
+    assert [mean.get_color() for mean, _, _ in ax.containers] == ["#123456", plots.PALETTE[1]]
+    curves = FRAME.assign(step=0)
+    ax = plots.seed_curves(curves, x="step", y="accuracy", hue="injection", colours=colours)
+    drawn = {line.get_color() for line in ax.lines if len(line.get_ydata())}
+    assert drawn == {"#123456", *plots.PALETTE[:2]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,6 +15,7 @@ from k25lite.training.rollout import Prompt, Rollout
 
 RIGHT, WRONG = "#00694E", "#A34700"
 WIDTH = 34  # characters of a line
+WRAP: dict[str, Any] = {"subsequent_indent": "  ", "break_on_hyphens": False}
 
 
 def show_rollouts(
@@ -31,11 +33,11 @@ def show_rollouts(
         ax.set_title(prompt.question, fontsize=9, pad=16)
         lines = []
         for act, seen in zip_longest(rollout.acts, rollout.observations):
-            lines.append(textwrap.fill(f"» {act}", WIDTH, subsequent_indent="  ", break_long_words=True))
+            lines.append(textwrap.fill(f"» {act}", WIDTH, **WRAP))
             if seen is not None:
-                lines.append(textwrap.fill(f"  sees {seen.text}", WIDTH, subsequent_indent="  ", max_lines=2))
+                lines.append(textwrap.fill(f"  sees {seen.text}", WIDTH, max_lines=2, **WRAP))
         ax.text(0.02, -0.08, "\n".join(lines), va="top", transform=ax.transAxes, fontsize=7.5, family="monospace")
-        mark = "right" if is_right else f"wrong: {truth}"
+        mark = "right" if is_right else f"wrong, it is {truth}"
         style = {"fontsize": 8, "color": RIGHT if is_right else WRONG, "fontweight": "bold"}
         ax.annotate(mark, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", **style)
     return figure
@@ -53,7 +55,7 @@ def show_group(
 
     Args:
         tokens: of each response, from the end of the prompt on. log_ratios: [responses, longest], in nats.
-        written: [responses, longest] bool; what was read is grey. bounds: of the log-ratio; beyond, a token is framed.
+        written: [responses, longest] bool; what was read is hatched. bounds: of the log-ratio; beyond, a token is framed.
     """
     figure, ax = plt.subplots(figsize=(13, 0.42 * len(tokens) + 0.9))
     limit = max(-bounds[0], bounds[1])
@@ -63,8 +65,9 @@ def show_group(
             width = 0.55 * len(token) + 0.9
             colour = plt.get_cmap("PuOr")(0.5 + 0.4 * np.clip(ratio / limit, -1, 1)) if own else "#EDEDED"
             beyond = own and not bounds[0] <= ratio <= bounds[1]
-            style = {"edgecolor": "#A34700", "linewidth": 2} if beyond else {"edgecolor": "white", "linewidth": 1}
-            ax.add_patch(plt.Rectangle((x, row - 0.42), width, 0.84, facecolor=colour, **style))
+            style = {"edgecolor": "black", "linewidth": 2} if beyond else {"edgecolor": "white", "linewidth": 1}
+            read = {} if own else {"hatch": "////"}
+            ax.add_patch(plt.Rectangle((x, row - 0.42), width, 0.84, facecolor=colour, **style, **read))
             ink = "white" if own and abs(ratio) > 0.7 * limit else "black"
             ax.text(x + width / 2, row, token, ha="center", va="center", fontsize=7.5, family="monospace", color=ink)
             x += width + 0.15

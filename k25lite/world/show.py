@@ -29,7 +29,7 @@ def show(family: str, count: int = 3, *, seed: int = 0, test: bool = False) -> F
             ax.imshow(contact_sheet(document), interpolation="nearest")
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-        text = "\n".join(textwrap.fill(f"{prompt} [{answer}]", 34) for prompt, answer in document.turns)
+        text = "\n".join(textwrap.fill(f"{prompt} [{answer}]", 34, break_on_hyphens=False) for prompt, answer in document.turns)
         where = {"y": -0.06, "va": "top"} if document.media else {"y": 0.5, "va": "center"}
         ax.text(0.5, s=text, ha="center", transform=ax.transAxes, fontsize=8, family="monospace", **where)
     figure.suptitle(f"{family}{', held-out questions' if test else ''}", fontweight="bold")
