@@ -112,10 +112,8 @@ class Claim:
         if self.ci95 is not None and self.reason != SMOKE_REASON:
             judged = verdict(Interval(sum(self.ci95) / 2, *self.ci95, self.n), self.direction)
         if self.holds is not judged:
-            raise ValueError(
-                f"claim {self.name!r} says holds={self.holds}, but the interval {self.ci95} "
-                f"in direction {self.direction:+d} gives {judged}"
-            )
+            gives = f"the interval {self.ci95} in direction {self.direction:+d} gives {judged}"
+            raise ValueError(f"claim {self.name!r} says holds={self.holds}, but {gives}")
 
 
 @dataclass(frozen=True)

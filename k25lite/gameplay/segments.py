@@ -69,7 +69,7 @@ def find_videos(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
         paths: files, whatever they are called, and folders, whose files with the suffix of a video are taken.
 
     Raises:
-        ValueError: nothing is given, there is no such path, or no video in a folder.
+        ValueError: nothing is given, there is no such path, no video in a folder, or two with names that read alike.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -90,6 +90,8 @@ def find_videos(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
     depth = 1
     while len(set(names.values())) < len(names):
         depth += 1
+        if depth > max(len(path.parts) for path in found):
+            raise ValueError(f"two videos have names that read alike: {Counter(names.values()).most_common(1)[0][0]}")
         shared = {name for name, count in Counter(names.values()).items() if count > 1}
         names = {path: "/".join(shown[path].parts[-depth:]) if name in shared else name for path, name in names.items()}
     return {name: path for path, name in names.items()}

@@ -198,13 +198,10 @@ class Work:
         return reply
 
     async def _shorten(self, messages: list[Message]) -> list[Message]:
-        steps, critical = self.agent.limits.steps, self.critical_left
-        is_last = self.account.steps + 1 == steps or self.critical_steps + 1 == critical
-        if (
-            not is_last and self.trace.reply(self.path, self.step + 1) is None
-        ):  # those who pay along know of recalled ones
-            is_last = self.account.is_last_step()
-        if is_last:
+        is_last = self.account.steps + 1 == self.agent.limits.steps or self.critical_steps + 1 == self.critical_left
+        # Those who pay along have counted a recalled step already.
+        is_recalled = self.trace.reply(self.path, self.step + 1) is not None
+        if is_last or (not is_recalled and self.account.is_last_step()):
             return messages  # the last step is for an answer, from all that is known
         shorter = await self.agent.context(messages, self.ask)
         if shorter is not messages and not self.trace.is_begun(self.path, self.step + 1):

@@ -148,7 +148,8 @@ class OpenAIPolicy:
         message, finish = choice["message"], choice.get("finish_reason")
         content, calls = message.get("content"), tuple(map(_call, message.get("tool_calls") or ()))
         refusal = message.get("refusal") or _text(content, "refusal")
-        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+        thoughts = (message.get(name) for name in ("reasoning_content", "reasoning"))
+        reasoning = next((thought for thought in thoughts if thought and isinstance(thought, str)), "")
         text = _text(content, "text")
         read = int(usage.get("prompt_tokens") or estimate(messages))
         written = int(usage.get("completion_tokens") or estimate([Reply(text, calls, reasoning=reasoning).message]))

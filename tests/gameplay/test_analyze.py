@@ -433,6 +433,16 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     assert [*named] == ["one/x/a.mp4", "two/x/a.mp4", "b.mp4"]
 
 
+def test_files_whose_names_read_alike_are_refused(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"a\xff.mp4")).touch()
+    except OSError:
+        pytest.skip("the file system takes UTF-8 alone")
+    (tmp_path / r"a\xff.mp4").touch()
+    with pytest.raises(ValueError, match=r"two videos have names that read alike: .*a\\xff\.mp4"):
+        find_videos([tmp_path])
+
+
 def test_a_plan_covers_the_video_and_cuts_where_it_is_quiet(monkeypatch):
     monkeypatch.undo()
     rng = np.random.default_rng(0)

@@ -220,7 +220,12 @@ def tool_call(name="add", arguments: object = '{"a": 2}', **fields):
         (completion({"content": "4", "tool_calls": []}), Reply("4")),
         (completion({"content": "4", "reasoning_content": "2 and 2"}), Reply("4", reasoning="2 and 2")),
         (completion({"content": "4", "reasoning": "2 and 2"}), Reply("4", reasoning="2 and 2")),
+        (
+            completion({"content": "4", "reasoning_content": "", "reasoning": "2 and 2"}),
+            Reply("4", reasoning="2 and 2"),
+        ),
         (completion({"content": "4", "reasoning_content": None}), Reply("4")),
+        (completion({"content": "4", "reasoning": ["2 and 2"]}), Reply("4")),
     ],
 )
 def test_replies(body, expected):
@@ -286,7 +291,6 @@ def test_an_endpoint_need_not_count(usage):
         {"choices": [{}]},
         {"choices": [{"message": None}]},
         completion({"content": 4}),
-        completion({"content": "4", "reasoning": ["2 and 2"]}),
         completion({"content": {"text": "4"}}),
         completion({"content": ["4"]}),
         completion({"content": [{"type": "text", "text": None}]}),
