@@ -17,11 +17,12 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from k25lite.results import write_whole
+from k25lite.results import current_commit, write_whole
 
 SUBJECT = "k25lite"
 PRODUCT = "matrix product"  # the subject whose speed is the machine's matrix peak
@@ -57,10 +58,12 @@ class Row:
 
 @dataclass
 class Report:
-    """What one benchmark measured, and on what."""
+    """What one benchmark measured, on what, when, and of which commit."""
 
     device: str
     rows: list[Row] = field(default_factory=list)
+    commit: str | None = field(default_factory=current_commit)
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def add(
         self, case: str, metric: str, unit: str, values: Mapping[str, float], seconds: Mapping[str, float] | None = None
@@ -81,7 +84,7 @@ class Report:
         self.add(case, "matrix peak", "FLOP/s", {PRODUCT: peak})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write {"device": ..., "rows": [...]} as JSON, whole or not at all; folders are made as needed."""
+        """Write device, rows, commit and date as JSON, whole or not at all; folders are made as needed."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
         return write_whole(Path(path), text + "\n")
 

@@ -166,7 +166,7 @@ class Record:
     profile: str
     seeds: Sequence[int]
     device: str = field(default_factory=lambda: _device())
-    commit: str | None = field(default_factory=lambda: _commit())
+    commit: str | None = field(default_factory=lambda: current_commit())
     versions: dict[str, str] = field(default_factory=lambda: _versions())
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     claims: list[Claim] = field(default_factory=list, init=False)
@@ -376,7 +376,7 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
 
 
-def _commit() -> str | None:
+def current_commit() -> str | None:
     """The commit of the checkout this library lies in, `-dirty` if tracked files differ from it; None outside one."""
     package = Path(__file__).resolve().parent
 

@@ -75,7 +75,8 @@ def test_a_ratio_is_the_time_of_the_peer_over_ours():
 
 
 def test_the_file_is_what_the_contract_says(tmp_path):
-    report = Report("a device", [Row("case", "k25lite", "time", 2.0, "s"), Row("case", "peer", "time", 3.0, "s", 1.5)])
+    rows = [Row("case", "k25lite", "time", 2.0, "s"), Row("case", "peer", "time", 3.0, "s", 1.5)]
+    report = Report("a device", rows, commit="abc", date="2026-11-28T22:00:00+00:00")
     path = report.save(tmp_path / "new" / "bench.json")
     assert json.loads(path.read_text()) == {
         "device": "a device",
@@ -83,6 +84,8 @@ def test_the_file_is_what_the_contract_says(tmp_path):
             {"case": "case", "subject": "k25lite", "metric": "time", "value": 2.0, "unit": "s", "ratio": None},
             {"case": "case", "subject": "peer", "metric": "time", "value": 3.0, "unit": "s", "ratio": 1.5},
         ],
+        "commit": "abc",
+        "date": "2026-11-28T22:00:00+00:00",
     }
 
 

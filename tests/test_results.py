@@ -289,13 +289,13 @@ def test_commit_is_of_the_librarys_own_checkout_and_marks_local_changes(tmp_path
     module.write_text("one")
     monkeypatch.setattr(results, "__file__", str(module))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert results._commit() is None
+    assert results.current_commit() is None
     git("init", "--quiet")
     git("add", ".")
     git("commit", "--quiet", "--message", "one")
     head = git("rev-parse", "HEAD")
-    assert results._commit() == head
+    assert results.current_commit() == head
     module.write_text("two")
-    assert results._commit() == f"{head}-dirty"
+    assert results.current_commit() == f"{head}-dirty"
     monkeypatch.setattr(results, "__file__", str(tmp_path / ".venv" / "k25lite" / "results.py"))
-    assert results._commit() is None
+    assert results.current_commit() is None

@@ -172,15 +172,16 @@ def add_rows(
 
 
 def geometric_means(rows: Sequence[Row], device: str) -> list[Row]:
-    """The geometric mean of the ratios of all cases on a device: forward, training, and both."""
-    result = []
+    """Geometric means over all cases on a device, of forward, training, and both: the peer's time over ours, and the
+    fraction of the matrix peak that ours reaches."""
+    case, result = f"{device}: geometric mean", []
     for modes in (("forward",), ("training",), ("forward", "training")):
-        metrics = {f"{mode} time" for mode in modes}
-        ratios = [r.ratio for r in rows if r.ratio and r.metric in metrics and r.case.startswith(f"{device}, ")]
-        mean = statistics.geometric_mean(ratios)
-        result.append(
-            Row(f"{device}: geometric mean", PEER, f"{' and '.join(modes)} time", mean, "times as long", mean)
-        )
+        of_device = [row for row in rows if row.case.startswith(f"{device}, ") and row.metric.startswith(modes)]
+        mean = statistics.geometric_mean(row.ratio for row in of_device if row.ratio and row.metric.endswith(" time"))
+        result.append(Row(case, PEER, f"{' and '.join(modes)} time", mean, "times as long", mean))
+        fractions = [row.value for row in of_device if row.subject == SUBJECT and row.unit == "fraction"]
+        metric = f"{' and '.join(modes)} fraction of matrix peak"
+        result.append(Row(case, SUBJECT, metric, statistics.geometric_mean(fractions), "fraction"))
     return result
 
 

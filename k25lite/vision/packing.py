@@ -169,14 +169,13 @@ class PackedLayout:
         frame keeps its own tokens.
         """
         area, width = self.merge**2, hidden.shape[-1]
-        parts, start = [], 0
-        for (t, patches), same in groupby(self.grids, key=lambda g: (g[0], g[1] * g[2])):
-            n = len(list(same))
-            part = hidden[start : start + n * t * patches]
+        groups = [(t, m, len(list(same))) for (t, m), same in groupby((t, h * w) for t, h, w in self.grids)]
+        parts = []
+        # split, not slices: the backward of each slice would fill a tensor of the whole batch with zeros.
+        for (t, m, n), part in zip(groups, hidden.split([t * m * n for t, m, n in groups]), strict=True):
             if temporal_pooling and t > 1:
-                part = part.view(n, t, patches, width).mean(dim=1)  # (n t m) c -> n m c
+                part = part.view(n, t, m, width).mean(dim=1)  # (n t m) c -> n m c
             parts.append(part.reshape(-1, area, width))
-            start += n * t * patches
         merged = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.items == list(range(len(self.items))):
             return merged

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from encoders import patches, randomise
 
 from k25lite.vision import MoonViT3D, MoonViT3DConfig
@@ -220,3 +221,20 @@ def test_gradients_are_the_same_to_the_bit_on_two_threads(lite):
         torch.set_num_threads(threads)
         lite.zero_grad()
     assert all(torch.equal(runs[0], other) for other in runs[1:])
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 30), (16, 16), (64, 18)])
+def test_the_grid_of_places_is_resampled_as_torchs_bicubic_interpolation_does(size):
+    places = MoonViT3D(MoonViT3DConfig.lite()).patch_embed.pos_emb
+    image = places.position_embeddings.movedim(-1, 0)[None]
+    expected = F.interpolate(image, size, mode="bicubic")[0].movedim(0, -1).flatten(0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(places.spatial([size]), expected, atol=1e-6, rtol=0)
+
+
+def test_a_size_first_met_in_inference_mode_can_be_trained_on():
+    encoder, patches = MoonViT3D(MoonViT3DConfig.lite()), torch.randn(28 * 6, 3, 8, 8)
+    with torch.inference_mode():
+        encoder(patches, torch.tensor([[1, 28, 6]]))
+    encoder(patches, torch.tensor([[1, 28, 6]])).pooler_output.sum().backward()
+    assert encoder.patch_embed.pos_emb.position_embeddings.grad is not None
