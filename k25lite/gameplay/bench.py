@@ -7,8 +7,8 @@ decode      The pictures of all chunks, scaled for the detector, against the sam
 coarse pass Looking over all footage by key frames, detector included, against decoding the key frames alone.
 analysis    All of `k25lite analyze` but clips and report, against decoding every frame in as many processes. The worker
             processes have been started by a smaller analysis before; what starting costs is told of the smallest.
-growth      The same for an eighth, a quarter, half and all of the footage: time per hour, and memory. Memory is the sum
-            of what each process ever held, pages that they share counted anew for each: no less than the true peak.
+growth      The same for an eighth, a quarter, half and all of the footage: time per hour, and memory. Memory is what all
+            processes hold together, pages that they share counted once, at the moment of ten a second when it is most.
 
 The detector's speed does not depend on what it has learnt, but how much is watched closely does. So without a trained one
 it has fresh weights, to which everything looks worth it: what is measured then is the most work there can be.
@@ -249,19 +249,19 @@ def analyse_apart(
     paths = [[str(video.path.absolute()) for video in each] for each in (first, videos)]
     order = json.dumps({"turns": paths, "weights": str(weights), "device": device, "workers": workers})
     command = [sys.executable, "-c", PROGRAM, order]
-    peaks: dict[int, float] = {}
+    peak = 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             while True:
                 with suppress(subprocess.TimeoutExpired):
                     answer, _ = process.communicate(timeout=0.1)
                     break
-                peaks |= peak_memory(process.pid)
+                peak = max(peak, held(process.pid))
         finally:
             process.kill()  # its workers end with it
     if process.returncode:
         raise Disagreement(f"an analysis of {len(videos)} videos failed; not timed")
-    return json.loads(answer), sum(peaks.values())
+    return json.loads(answer), peak
 
 
 def serve(order: str) -> None:
@@ -302,12 +302,13 @@ def analyse(
     return {"seconds": seconds, "watched": sum(outcome.watched.values()), "events": len(outcome.events)}
 
 
-def peak_memory(session: int) -> dict[int, float]:
-    """The most that each process of a session has ever held by now, in MB, by its id; nothing where there is no /proc."""
-    peaks = {}
+def held(session: int) -> float:
+    """The MB of memory that the processes of a session hold, shared pages counted once; 0 where there is no /proc."""
+    total = 0
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and (found := re.search(r"VmHWM:\s*(\d+)", (folder / "status").read_text())):
-                peaks[int(folder.name)] = int(found[1]) * 1024 / 1e6
-    return peaks
+            if int(fields[3]) == session:  # each process is charged its part of what it shares
+                parts = re.findall(r"^Pss:\s*(\d+)", (folder / "smaps_rollup").read_text(), re.MULTILINE)
+                total += sum(map(int, parts))
+    return total * 1024 / 1e6
