@@ -173,7 +173,7 @@ def coarse(
         return [json.loads(reply.content).get("keyframes", 0) for reply in replies]
 
     def read() -> list[int]:
-        return [sum(len(part.times) for part in read_keyframes(video.path, size)) for video in videos]
+        return [sum(1 for _ in read_keyframes(video.path)) for video in videos]
 
     calls: dict[str, Callable[[], Sequence[int]]] = {SUBJECT: look, UNSEEN: read}
     calls[KEYS] = lambda: [decode(video.path, keyframes=True) for video in videos]

@@ -34,11 +34,11 @@ ROUNDING = 2e-3  # seconds that a time stamp may be off: containers round them t
 
 @dataclass(frozen=True)
 class Chunks:
-    """Some consecutive chunks, or key frames, of one video.
+    """Some consecutive chunks of one video.
 
     Attributes:
         times: [n] seconds from the start of the video at which what each is about begins.
-        frames: [n, t, height, width, 3] uint8 RGB; t = 4, or 1 for key frames.
+        frames: [n, 4, height, width, 3] uint8 RGB.
     """
 
     times: np.ndarray
@@ -74,17 +74,24 @@ def read_chunks(
     return _chunks(_moments(source, size, 2 * first - 1, 2 * last + 1, changed), first, last, batch)
 
 
-def read_keyframes(source: str | PathLike, size: tuple[int, int], *, batch: int = 256) -> Iterator[Chunks]:
-    """The key frames of a video, `batch` at a time; `size` and MediaError as in `read_chunks`.
+def read_keyframes(
+    source: str | PathLike, *, start: float = 0.0, end: float = math.inf
+) -> Iterator[tuple[float, np.ndarray, av.VideoFrame]]:
+    """The key frames from the one before `start` to `end` seconds, one by one.
+
+    Returns:
+        Seconds from the start of the video, [12, 16] float32 of the picture in grey from 0 to 1, and the frame.
 
     Raises:
-        ValueError: `batch` is not positive.
+        MediaError: as in `read_chunks`; what could be read comes first.
     """
-    if batch < 1:
-        raise ValueError(f"read_keyframes needs batch > 0, got {batch}")
-    scale = _Scaler(size)
-    pictures = ((time, scale(frame)) for time, frame in _decode(source, keyframes=True) if frame is not None)
-    return _stills(pictures, batch)
+    small = VideoReformatter()
+    for time, frame in _decode(source, start=start, keyframes=True):
+        if time > end:
+            return
+        if frame is not None:
+            grey = small.reformat(frame, *THUMBNAIL, format="gray", interpolation=Interpolation.AREA)
+            yield time, grey.to_ndarray() / np.float32(255), frame
 
 
 def read_all(chunks: Iterable[Chunks]) -> Chunks:
@@ -139,11 +146,6 @@ def shares(events: Iterable[Event], times: np.ndarray) -> np.ndarray:
     return covered.clip(max=1)
 
 
-def _stills(pictures: Iterator[tuple[float, np.ndarray]], batch: int) -> Iterator[Chunks]:
-    while taken := list(islice(pictures, batch)):
-        yield Chunks(np.array([time for time, _ in taken]), np.stack([frame for _, frame in taken])[:, None])
-
-
 def _chunks(pictures: Iterator[np.ndarray], first: int, last: float, batch: int) -> Iterator[Chunks]:
     """Chunks first ... last - 1 of as many pictures as there are, from the one before chunk `first`."""
     window = list(islice(pictures, 2))
@@ -166,7 +168,7 @@ def _moments(
     Of the pictures that appear in a step it is the one that differs most from those before and after it, for a flash may
     last for a single frame; where none appears, or none differs, the one on the screen.
     """
-    scale, difference = _Scaler(size), _Difference()
+    scale, difference = Scaler(size), _Difference()
     number, most = first, 0.0
     shown = chosen = None
     appeared, before = -math.inf, 0.0  # of `shown`: when, and how much it differs from the one before
@@ -202,7 +204,7 @@ class _Difference:
         return 0.0 if before is None else float(np.abs(now - before).mean())
 
 
-class _Scaler:
+class Scaler:
     """Frames as upright [height, width, 3] uint8, by one reformatter: a new one per frame costs four times the decoding."""
 
     def __init__(self, size: tuple[int, int]):

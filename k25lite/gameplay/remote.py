@@ -18,9 +18,10 @@ import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from k25lite.gameplay.clips import frames_at, illustrate
+from k25lite.gameplay.footage import read_keyframes
 from k25lite.gameplay.merge import KEYFRAMES, Found
 from k25lite.gameplay.story import clock
-from k25lite.gameplay.viewer import encode, flip_through, kept_answer, overview, told
+from k25lite.gameplay.viewer import encode, kept_answer, overview, told
 from k25lite.results import write_whole
 from k25lite.swarm.endpoint import EndpointError, OpenAIPolicy
 from k25lite.swarm.limits import Exceeded
@@ -101,11 +102,17 @@ class RemoteViewer:
         return Reply(kept.read_text(encoding="utf-8"), **usage)
 
     def _coarse(self, task: dict[str, Any]) -> dict[str, Any]:
-        times, thumbnails, error = flip_through(task["path"])
+        times, thumbnails, error = list[float](), list[np.ndarray](), ""
+        try:
+            for time, thumbnail, _ in read_keyframes(task["path"]):
+                times.append(time)
+                thumbnails.append(thumbnail)
+        except MediaError as problem:
+            error = str(problem)
         if not times:
             return {"error": error}
         # Without a model that looks at key frames, all of the video is worth a closer look.
-        answer = overview(np.array(times), np.ones(len(times)), thumbnails, task["seconds"], error)
+        answer = overview(np.array(times), np.ones(len(times)), np.stack(thumbnails), task["seconds"], error)
         return answer | {"active": [[0.0, task["seconds"]]]}
 
     async def _fine(self, task: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -160,12 +167,10 @@ class RemoteViewer:
         """
         borders = np.linspace(start, end, self.images + 1)
         best: dict[int, tuple[float, float]] = {}
-        found, thumbnails, error = flip_through(path, start, end)
-        if error:
-            raise MediaError(error)
-        changes = np.abs(np.diff(thumbnails, axis=0, prepend=thumbnails[:1])).mean((1, 2))
-        for time, change in zip(found, changes.tolist(), strict=True):
-            part = int(np.searchsorted(borders, time, "right")) - 1
+        before = None
+        for time, thumbnail, _ in read_keyframes(path, start=start, end=end):
+            change = 0.0 if before is None else float(np.abs(thumbnail - before).mean())
+            before, part = thumbnail, int(np.searchsorted(borders, time, "right")) - 1
             if 0 <= part < self.images and change > best.get(part, (-1.0, 0.0))[0]:
                 best[part] = change, time
         # Where a part has no key frame, the frame in its middle.

@@ -3,8 +3,8 @@
 A viewer is the policy of all sub-agents. A task is one line of JSON, and so is its answer:
 
 coarse  Look at the key frames of a video alone. Answer: `quiet`, places to cut at with how much goes on there, and
-        `active`, the spans that are worth a closer look. A picture that changes is worth one whatever it shows, so the
-        model is asked only about stretches that change little: it takes four times as long as decoding a key frame.
+        `active`, the spans that are worth a closer look. A picture that has changed is worth one whatever it shows, so
+        the model is asked only about those that have not: it takes as long as decoding a small key frame.
 fine    Watch these spans of a segment. Answer: `events` with their evidence, and a `summary` in words.
 clips   Cut the clips and key frames of some events (`clips.illustrate`). Answer: how many `files` there are.
 
@@ -17,20 +17,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 
 from k25lite.gameplay.clips import illustrate
 from k25lite.gameplay.events import KINDS
-from k25lite.gameplay.footage import CHUNK_SECONDS, ROUNDING, _decode, _Scaler, read_chunks
+from k25lite.gameplay.footage import CHUNK_SECONDS, THUMBNAIL, Scaler, read_chunks, read_keyframes
 from k25lite.gameplay.merge import KEYFRAMES, Found
 from k25lite.gameplay.spans import SpanRule, find_spans, key_moments
 from k25lite.gameplay.story import summary
@@ -38,13 +35,12 @@ from k25lite.results import write_whole
 from k25lite.swarm.policy import Message, Reply
 from k25lite.vision.media import MediaError
 
-VERSION = 2  # of the answers that are kept
+VERSION = 3  # of the answers that are kept
 LOWEST = 0.25  # of a kind's threshold: a key frame below it for all kinds, and like those around it, is dull
 CHANGE = 0.08  # mean difference of two key frames, from 0 to 1, that is worth a closer look
 NEAR = 4.0  # seconds around what is worth it that are watched too; key frames further apart than this say nothing
 CELL = 10.0  # seconds: of each such stretch of a video the quietest moment is told
-THUMBNAIL = (12, 16)
-LONGEST_RUN = 256  # key frames that the model is asked about at once
+BATCH = 256  # key frames that the model is asked about at once
 
 
 class Model(Protocol):
@@ -94,21 +90,32 @@ class LocalViewer:
         return Reply(kept.read_text(encoding="utf-8"))
 
     def _coarse(self, task: dict[str, Any]) -> dict[str, Any]:
-        times, thumbnails, error = flip_through(task["path"])
+        model = self.model()
+        scale, begins = Scaler(model.size), [model.rules[kind].begin for kind in KINDS]
+        times, thumbnails, error = list[float](), list[np.ndarray](), ""
+        activity, still = dict[int, float](), dict[int, np.ndarray]()
+
+        def ask() -> None:
+            if still:
+                scores = (model.probabilities(np.stack([*still.values()])[:, None]) / begins).max(1)
+                activity.update(zip(still, scores.tolist(), strict=True))
+                still.clear()
+
+        try:
+            for time, thumbnail, frame in read_keyframes(task["path"]):
+                if not thumbnails or np.abs(thumbnail - thumbnails[-1]).mean() < CHANGE:
+                    still[len(times)] = scale(frame)
+                times.append(time)
+                thumbnails.append(thumbnail)
+                if len(still) == BATCH:
+                    ask()
+        except MediaError as problem:
+            error = str(problem)
         if not times:
             return {"error": error}
-        model, moments = self.model(), np.array(times)
-        activity = np.full(len(times), np.nan)
-        changing = overview(moments, activity, thumbnails, task["seconds"])["active"]
-        dull = [n for n, time in enumerate(times) if not any(start <= time <= end for start, end in changing)]
-        begins = [model.rules[kind].begin for kind in KINDS]
-        for run in _runs(dull):
-            frames = keyframes_between(task["path"], model.size, times[run[0]], times[run[-1]])
-            if len(frames) == len(run):  # else it is watched closely
-                activity[run] = (model.probabilities(frames) / begins).max(1)
-            else:
-                activity[run] = 1.0
-        return overview(moments, activity, thumbnails, task["seconds"], error)
+        ask()
+        active = np.array([activity.get(place, np.nan) for place in range(len(times))])
+        return overview(np.array(times), active, np.stack(thumbnails), task["seconds"], error)
 
     def _fine(self, task: dict[str, Any]) -> dict[str, Any]:
         model = self.model()
@@ -131,53 +138,6 @@ class LocalViewer:
                 task, np.concatenate(times), np.concatenate(scores), np.concatenate(thumbnails), model.rules
             )
         return told(events) | ({"error": error} if error else {})
-
-
-def flip_through(path: str, start: float = 0.0, end: float = math.inf) -> tuple[list[float], np.ndarray, str]:
-    """The key frames of a video from the one before `start` to `end` seconds.
-
-    Returns:
-        Their times, [n, 12, 16] float32 of them in grey from 0 to 1, and what is wrong with the file, if something is.
-    """
-    times, error, scale = list[float](), "", VideoReformatter()
-    thumbnails: list[np.ndarray] = [np.zeros((0, *THUMBNAIL), np.uint8)]
-    height, width = THUMBNAIL
-    try:
-        for time, frame in _decode(path, start=start, keyframes=True):
-            if time > end:
-                break
-            if frame is not None:
-                small = scale.reformat(
-                    frame, width=width, height=height, format="gray", interpolation=Interpolation.AREA
-                )
-                times.append(time)
-                thumbnails.append(small.to_ndarray()[None])
-    except MediaError as problem:
-        error = str(problem)
-    return times, np.concatenate(thumbnails) / np.float32(255), error
-
-
-def keyframes_between(path: str, size: tuple[int, int], first: float, last: float) -> np.ndarray:
-    """[n, 1, height, width, 3] uint8: the key frames from one to another; fewer if the file cannot be read again."""
-    frames, scale = [np.zeros((0, *size, 3), np.uint8)], _Scaler(size)
-    with suppress(MediaError):
-        for time, frame in _decode(path, start=first, keyframes=True):
-            if frame is None or time > last + ROUNDING:
-                break
-            if time >= first - ROUNDING:
-                frames.append(scale(frame)[None])
-    return np.concatenate(frames)[:, None]
-
-
-def _runs(numbers: Sequence[int]) -> list[list[int]]:
-    """Numbers that follow one another, in lists of LONGEST_RUN at most."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1 and len(runs[-1]) < LONGEST_RUN:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs
 
 
 def told(events: Sequence[Found], words: str = "") -> dict[str, Any]:
@@ -241,7 +201,7 @@ def _events(
 def shrink(frames: np.ndarray) -> np.ndarray:
     """[n, t, height, width, 3] uint8 -> [n, 12, 16] from 0 to 1: grey, the mean over blocks and over t."""
     n, _, height, width, _ = frames.shape
-    rows, columns = (max(side // cells, 1) for side, cells in zip((height, width), THUMBNAIL, strict=True))
+    rows, columns = (max(side // cells, 1) for side, cells in zip((height, width), THUMBNAIL[::-1], strict=True))
     grey = frames.mean((1, 4), dtype=np.float32) / 255
     grey = grey[:, : height // rows * rows, : width // columns * columns]
     return grey.reshape(n, grey.shape[1] // rows, rows, grey.shape[2] // columns, columns).mean((2, 4))

@@ -30,7 +30,8 @@ from typer.testing import CliRunner
 
 from k25lite.cli import app
 from k25lite.gameplay import analyze as module
-from k25lite.gameplay import director, remote, segments, viewer
+from k25lite.gameplay import director, remote, segments
+from k25lite.gameplay import footage as reading
 from k25lite.gameplay.analyze import analyze
 from k25lite.gameplay.clips import illustrate
 from k25lite.gameplay.remote import Budget, RemoteViewer
@@ -592,14 +593,14 @@ def test_the_budget_of_images_and_tokens_is_kept(footage, tmp_path, capsys):
 
 def test_frames_of_a_segment_are_chosen_without_decoding_what_comes_before(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", [(4.0, 8.0, "boss"), (73.0, 77.0, "boss")], 80.0)
-    looked, decode = [], viewer._decode
+    looked, decode = [], reading._decode
 
     def watched(*args, **options):
         for moment, frame in decode(*args, **options):
             looked.append(moment)
             yield moment, frame
 
-    monkeypatch.setattr(viewer, "_decode", watched)
+    monkeypatch.setattr(reading, "_decode", watched)
     eyes = RemoteViewer(OpenAIPolicy("eyes", "http://127.0.0.1:1/v1"), tmp_path, images=4)
     shown = [moment for moment, _ in eyes._pictures(str(path), 60.0, 80.0)]
     assert min(looked) > 50.0

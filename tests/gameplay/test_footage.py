@@ -4,6 +4,7 @@ import json
 import struct
 from bisect import bisect_left, bisect_right
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -152,11 +153,14 @@ def test_frames_of_a_recording_are_every_fourth_if_changes_do_not_count():
 def test_key_frames_are_those_that_the_file_marks():
     with av.open(str(VIDEO)) as container:
         marked = [float(frame.time) for frame in container.decode(video=0) if frame.key_frame]
-    chunks = list(read_keyframes(VIDEO, SIZE, batch=3))
-    assert [len(part.times) for part in chunks[:-1]] == [3] * (len(chunks) - 1)
-    found = read_all(chunks)
-    assert found.times.tolist() == pytest.approx(marked)
-    assert found.frames.shape == (len(marked), 1, *SIZE, 3)
+    times, thumbnails, frames = zip(*read_keyframes(VIDEO), strict=True)
+    assert times == pytest.approx(marked)
+    for thumbnail, frame in zip(thumbnails, frames, strict=True):
+        assert frame.key_frame
+        assert thumbnail.shape == (12, 16)
+        assert abs(thumbnail.mean() - frame.to_ndarray(format="gray").mean() / 255) < 0.01
+    parts = [time for time, _, _ in read_keyframes(VIDEO, start=marked[1] + 0.1, end=marked[2])]
+    assert parts == pytest.approx(marked[1:3])
 
 
 def test_a_rotated_video_stands_upright(tmp_path):
@@ -185,9 +189,9 @@ def test_a_rotated_video_stands_upright(tmp_path):
 )
 def test_what_is_no_video_is_said(tmp_path, make, message):
     make(tmp_path / "a.mp4")
-    for read in (read_chunks, read_keyframes):
+    for read in (partial(read_chunks, size=SIZE), read_keyframes):
         with pytest.raises(MediaError, match=message):
-            list(read(tmp_path / "a.mp4", SIZE))
+            list(read(tmp_path / "a.mp4"))
 
 
 def test_a_video_cut_short_gives_what_it_holds_and_says_so(tmp_path, whole):
@@ -213,9 +217,9 @@ def test_sound_alone_is_no_video(tmp_path):
 
 def test_a_video_in_an_unknown_format_is_refused(tmp_path):
     (tmp_path / "a.mp4").write_bytes(VIDEO.read_bytes().replace(b"avc1", b"nope").replace(b"avcC", b"nopC"))
-    for read in (read_chunks, read_keyframes):
+    for read in (partial(read_chunks, size=SIZE), read_keyframes):
         with pytest.raises(MediaError, match=r"a\.mp4"):
-            list(read(tmp_path / "a.mp4", SIZE))
+            list(read(tmp_path / "a.mp4"))
 
 
 @pytest.mark.parametrize("options", [{"start": -1.0}, {"start": 3.0, "end": 3.0}, {"batch": 0}, {"end": float("nan")}])
