@@ -4,7 +4,7 @@ A viewer is the policy of all sub-agents. A task is one line of JSON, and so is 
 
 coarse  Look at the key frames of a video alone. Answer: `quiet`, places to cut at with how much goes on there, and
         `active`, the spans that are worth a closer look. A picture that has changed is worth one whatever it shows, so
-        the model is asked only about those that have not: it takes as long as decoding a small key frame.
+        the model is asked only about those that have not, one in two seconds: it takes longer than decoding a small one.
 fine    Watch these spans of a segment. Answer: `events` with their evidence, and a `summary` in words.
 clips   Cut the clips and key frames of some events (`clips.illustrate`). Answer: how many `files` there are.
 
@@ -94,6 +94,7 @@ class LocalViewer:
         scale, begins = Scaler(model.size), [model.rules[kind].begin for kind in KINDS]
         times, thumbnails, error = list[float](), list[np.ndarray](), ""
         activity, still = dict[int, float](), dict[int, np.ndarray]()
+        answered = 0.0  # until when it is known whether the video is worth a closer look
 
         def ask() -> None:
             if still:
@@ -103,8 +104,11 @@ class LocalViewer:
 
         try:
             for time, thumbnail, frame in read_keyframes(task["path"]):
-                if not thumbnails or np.abs(thumbnail - thumbnails[-1]).mean() < CHANGE:
+                if thumbnails and np.abs(thumbnail - thumbnails[-1]).mean() >= CHANGE:
+                    answered = time + NEAR  # what is near it is watched anyway
+                elif time >= answered:
                     still[len(times)] = scale(frame)
+                    answered = time + NEAR / 2
                 times.append(time)
                 thumbnails.append(thumbnail)
                 if len(still) == BATCH:
