@@ -68,9 +68,9 @@ class MoonViT3DConfig(Kimi_K25VisionConfig):
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # kept for training too
-def bicubic(length: int, new: int, device: torch.device) -> torch.Tensor:
-    """[new, length]: the matrix that resamples `length` values to `new`, as torch's bicubic interpolation does."""
-    impulses = torch.eye(length, device=device)[None, :, :, None]  # one picture of `length` channels
+def bicubic_matrix(length: int, new: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[new, length]: what resamples `length` values to `new`, as torch's bicubic interpolation does."""
+    impulses = torch.eye(length, dtype=dtype, device=device)[None, :, :, None]  # one picture of `length` channels
     return F.interpolate(impulses, (new, 1), mode="bicubic")[0, :, :, 0].T.contiguous()
 
 
@@ -87,16 +87,16 @@ class PositionEmbedding(nn.Module):
     def spatial(self, sizes: list[tuple[int, int]]) -> torch.Tensor:
         """The learned grid, resampled (bicubic) to each (h, w) of `sizes`: [sum of h * w, hidden].
 
-        Two matrix products take less time than torch's interpolation, forward and backward. Always in full precision.
+        Two matrix products take less time than torch's interpolation, forward and backward; in float32 at least.
         """
         grid, (rows, columns, _) = self.position_embeddings, self.position_embeddings.shape
-        tables = []
+        wide, tables = grid.to(torch.promote_types(grid.dtype, torch.float32)), []
         with torch.autocast(grid.device.type, enabled=False):
             for h, w in sizes:
                 table: torch.Tensor = grid
                 if (h, w) != (rows, columns):
-                    table = bicubic(rows, h, grid.device) @ grid.float().flatten(1)  # y x c -> h (x c)
-                    table = bicubic(columns, w, grid.device) @ table.unflatten(1, (columns, -1))  # -> h w c
+                    table = bicubic_matrix(rows, h, wide.dtype, grid.device) @ wide.flatten(1)  # y x c -> h (x c)
+                    table = bicubic_matrix(columns, w, wide.dtype, grid.device) @ table.unflatten(1, (columns, -1))
                 tables.append(table.to(grid.dtype).flatten(0, 1))
         return torch.cat(tables)
 
@@ -174,8 +174,8 @@ class CPUTanhGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        slope = x.new_tensor(2 * math.sqrt(2 / math.pi))
-        return torch.addcmul(slope, x, x, value=0.044715 * slope.item()).mul_(x).sigmoid_().mul_(x)
+        slope = 2 * math.sqrt(2 / math.pi)
+        return torch.addcmul(x.new_tensor(slope), x, x, value=0.044715 * slope).mul_(x).sigmoid_().mul_(x)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:

@@ -223,13 +223,14 @@ def test_gradients_are_the_same_to_the_bit_on_two_threads(lite):
     assert all(torch.equal(runs[0], other) for other in runs[1:])
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("size", [(2, 2), (4, 30), (16, 16), (64, 18)])
-def test_the_grid_of_places_is_resampled_as_torchs_bicubic_interpolation_does(size):
-    places = MoonViT3D(MoonViT3DConfig.lite()).patch_embed.pos_emb
+def test_the_grid_of_places_is_resampled_as_torchs_bicubic_interpolation_does(size, dtype, tolerance):
+    places = MoonViT3D(MoonViT3DConfig.lite()).patch_embed.pos_emb.to(dtype)
     image = places.position_embeddings.movedim(-1, 0)[None]
     expected = F.interpolate(image, size, mode="bicubic")[0].movedim(0, -1).flatten(0, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(places.spatial([size]), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(places.spatial([size]), expected, atol=tolerance, rtol=0)
 
 
 def test_a_size_first_met_in_inference_mode_can_be_trained_on():
