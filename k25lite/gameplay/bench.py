@@ -102,7 +102,7 @@ def run(
             raise ValueError(f"{footage} holds {len(videos)} videos, the benchmark needs {parts} or more")
         with one_thread():
             decoding(report, videos[:unit], size, quick)
-            coarse(report, videos[: unit * parts], partial(load, weights, where.type), size, quick)
+            coarse(report, videos[: unit * parts], partial(load, weights, where.type), quick)
         sizes = [videos[: unit * times] for times in (1, 2, 4, 8) if times <= parts]
         growth(report, sizes, weights, where.type, quick)
     return report
@@ -154,9 +154,7 @@ def decoding(report: Report, videos: Sequence[Video], size: Size, quick: bool = 
     report.add(case, "decode frames/s", "frames/s", {who: frames / each for who, each in seconds.items()}, seconds)
 
 
-def coarse(
-    report: Report, videos: Sequence[Video], load_model: Callable[[], Model], size: Size, quick: bool = False
-) -> None:
+def coarse(report: Report, videos: Sequence[Video], load_model: Callable[[], Model], quick: bool = False) -> None:
     """The first pass of an analysis over all videos, in one thread of this process.
 
     Raises:

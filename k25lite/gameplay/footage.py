@@ -76,22 +76,21 @@ def read_chunks(
 
 def read_keyframes(
     source: str | PathLike, *, start: float = 0.0, end: float = math.inf
-) -> Iterator[tuple[float, np.ndarray, av.VideoFrame]]:
+) -> Iterator[tuple[float, float, av.VideoFrame]]:
     """The key frames from the one before `start` to `end` seconds, one by one.
 
     Returns:
-        Seconds from the start of the video, [12, 16] float32 of the picture in grey from 0 to 1, and the frame.
+        Seconds from the start of the video, how much the picture differs from the one before, 0 to 1, and the frame.
 
     Raises:
         MediaError: as in `read_chunks`; what could be read comes first.
     """
-    small = VideoReformatter()
+    difference = _Difference()
     for time, frame in _decode(source, start=start, keyframes=True):
         if time > end:
             return
         if frame is not None:
-            grey = small.reformat(frame, *THUMBNAIL, format="gray", interpolation=Interpolation.AREA)
-            yield time, grey.to_ndarray() / np.float32(255), frame
+            yield time, difference(frame) / 255, frame
 
 
 def read_all(chunks: Iterable[Chunks]) -> Chunks:

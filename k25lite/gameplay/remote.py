@@ -102,17 +102,17 @@ class RemoteViewer:
         return Reply(kept.read_text(encoding="utf-8"), **usage)
 
     def _coarse(self, task: dict[str, Any]) -> dict[str, Any]:
-        times, thumbnails, error = list[float](), list[np.ndarray](), ""
+        times, changes, error = list[float](), list[float](), ""
         try:
-            for time, thumbnail, _ in read_keyframes(task["path"]):
+            for time, change, _ in read_keyframes(task["path"]):
                 times.append(time)
-                thumbnails.append(thumbnail)
+                changes.append(change)
         except MediaError as problem:
             error = str(problem)
         if not times:
             return {"error": error}
         # Without a model that looks at key frames, all of the video is worth a closer look.
-        answer = overview(np.array(times), np.ones(len(times)), np.stack(thumbnails), task["seconds"], error)
+        answer = overview(np.array(times), np.ones(len(times)), np.array(changes), task["seconds"], error)
         return answer | {"active": [[0.0, task["seconds"]]]}
 
     async def _fine(self, task: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -167,10 +167,8 @@ class RemoteViewer:
         """
         borders = np.linspace(start, end, self.images + 1)
         best: dict[int, tuple[float, float]] = {}
-        before = None
-        for time, thumbnail, _ in read_keyframes(path, start=start, end=end):
-            change = 0.0 if before is None else float(np.abs(thumbnail - before).mean())
-            before, part = thumbnail, int(np.searchsorted(borders, time, "right")) - 1
+        for time, change, _ in read_keyframes(path, start=start, end=end):
+            part = int(np.searchsorted(borders, time, "right")) - 1
             if 0 <= part < self.images and change > best.get(part, (-1.0, 0.0))[0]:
                 best[part] = change, time
         # Where a part has no key frame, the frame in its middle.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -92,9 +93,9 @@ class LocalViewer:
     def _coarse(self, task: dict[str, Any]) -> dict[str, Any]:
         model = self.model()
         scale, begins = Scaler(model.size), [model.rules[kind].begin for kind in KINDS]
-        times, thumbnails, error = list[float](), list[np.ndarray](), ""
+        times, changes, error = list[float](), list[float](), ""
         activity, still = dict[int, float](), dict[int, np.ndarray]()
-        answered = 0.0  # until when it is known whether the video is worth a closer look
+        answered = -math.inf  # until when it is known whether the video is worth a closer look
 
         def ask() -> None:
             if still:
@@ -103,14 +104,14 @@ class LocalViewer:
                 still.clear()
 
         try:
-            for time, thumbnail, frame in read_keyframes(task["path"]):
-                if thumbnails and np.abs(thumbnail - thumbnails[-1]).mean() >= CHANGE:
+            for time, change, frame in read_keyframes(task["path"]):
+                if change >= CHANGE:
                     answered = time + NEAR  # what is near it is watched anyway
                 elif time >= answered:
                     still[len(times)] = scale(frame)
                     answered = time + NEAR / 2
                 times.append(time)
-                thumbnails.append(thumbnail)
+                changes.append(change)
                 if len(still) == BATCH:
                     ask()
         except MediaError as problem:
@@ -118,8 +119,8 @@ class LocalViewer:
         if not times:
             return {"error": error}
         ask()
-        active = np.array([activity.get(place, np.nan) for place in range(len(times))])
-        return overview(np.array(times), active, np.stack(thumbnails), task["seconds"], error)
+        known = np.array([activity.get(place, np.nan) for place in range(len(times))])
+        return overview(np.array(times), known, np.array(changes), task["seconds"], error)
 
     def _fine(self, task: dict[str, Any]) -> dict[str, Any]:
         model = self.model()
@@ -151,15 +152,14 @@ def told(events: Sequence[Found], words: str = "") -> dict[str, Any]:
 
 
 def overview(
-    times: np.ndarray, activity: np.ndarray, thumbnails: np.ndarray, seconds: float, error: str = ""
+    times: np.ndarray, activity: np.ndarray, change: np.ndarray, seconds: float, error: str = ""
 ) -> dict[str, Any]:
     """The answer to a coarse task.
 
     Args:
-        times: [n] of the key frames. thumbnails: [n, h, w], 0 to 1.
+        times: [n] of the key frames. change: [n], how much each differs from the one before, 0 to 1.
         activity: [n], 1 where there seems to be an event; nan where nobody asked, which is no place to cut either.
     """
-    change = np.abs(np.diff(thumbnails, axis=0, prepend=thumbnails[:1])).mean((1, 2))
     quiet: dict[int, tuple[float, float]] = {}
     for time, much in zip(times.tolist(), (np.nan_to_num(activity, nan=1.0) + change).tolist(), strict=True):
         cell = int(time / CELL)

@@ -154,7 +154,7 @@ def test_a_video_with_fewer_frames_than_recorded_is_refused_before_anything_is_t
 def test_other_numbers_of_key_frames_are_refused_before_anything_is_timed(videos, monkeypatch, untimed):
     monkeypatch.setattr(bench, "decode", lambda path, keyframes=False: decode(path))
     with pytest.raises(Disagreement, match="numbers of key frames differ"):
-        bench.coarse(Report("a device"), videos, colour_model, SIZE)
+        bench.coarse(Report("a device"), videos, colour_model)
 
 
 def test_the_analysis_finds_what_analyze_finds(videos, tmp_path):
