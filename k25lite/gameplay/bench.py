@@ -8,7 +8,8 @@ coarse pass Looking over all footage by key frames, detector included, against d
 analysis    All of `k25lite analyze` but clips and report, against decoding every frame in as many processes. The worker
             processes have been started by a smaller analysis before; what starting costs is told of the smallest.
 growth      The same for an eighth, a quarter, half and all of the footage: time per hour, and memory. Memory is what all
-            processes hold together, pages that they share counted once, at the moment of ten a second when it is most.
+            processes hold together, pages that they share counted once, at the moment of ten a second when it is most:
+            what they held for less than a tenth of a second can be missed.
 
 The detector's speed does not depend on what it has learnt, but how much is watched closely does. So without a trained one
 it has fresh weights, to which everything looks worth it: what is measured then is the most work there can be.
