@@ -156,14 +156,20 @@ def streams(seed: int, budget: Budget, vision_share: float) -> dict[str, list[Ro
     }
 
 
+Job = JointRun | tuple[int, Budget]  # a run, or the encoder of a seed
+
+
 def run_all(runs: Sequence[JointRun], workers: int | None = None) -> dict[str, pd.DataFrame]:
     """Every run, side by side, or from the cache: log, scores and final, each with columns name and seed.
 
-    The encoders come first, one for each seed, because all runs of a seed begin with the same.
+    The encoders come first, one for each seed, because all runs of a seed begin with the same. Where a core has none to
+    train it begins with a run, and so trains that run's encoder as well: this costs no time, for it would have to wait.
     """
-    encoders = list(dict.fromkeys((run.seed, run.budget) for run in runs))
-    side_by_side(_vit, encoders, workers=workers, title="ViT stage")
-    folders = side_by_side(joint_stage, runs, workers=workers, title="joint training")
+    encoders = dict.fromkeys((run.seed, run.budget) for run in runs)
+    ordered: list[JointRun] = sorted(runs, key=lambda run: run.seed)  # a process then makes the rows of few seeds
+    jobs: list[Job] = [*encoders, *ordered]
+    side_by_side(_stage, jobs, workers=workers, title="joint training")
+    folders = [joint_stage(run) for run in runs]
     frames: dict[str, list[pd.DataFrame]] = {"log": [], "scores": [], "final": []}
     for run, folder in zip(runs, folders, strict=True):
         for name, found in frames.items():
@@ -172,5 +178,5 @@ def run_all(runs: Sequence[JointRun], workers: int | None = None) -> dict[str, p
     return {name: pd.concat(found, ignore_index=True) for name, found in frames.items()}
 
 
-def _vit(job: tuple[int, Budget]) -> Path:
-    return vit_stage(*job)
+def _stage(job: Job) -> Path:
+    return joint_stage(job) if isinstance(job, JointRun) else vit_stage(*job)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -31,6 +32,9 @@ from k25lite.training.sandbox import Sandbox
 from k25lite.training.schedules import LearningRate
 from k25lite.training.tasks import ABILITIES, Task, make_task
 from k25lite.vision import pack
+from k25lite.world.streams import media_tokens
+
+ROWS_AT_ONCE = 32  # rollouts of similar length
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Batch:
     Attributes:
         input_ids: [rollouts, length], padded at the end. written: [rollouts, length] bool, what the policy wrote.
         old_log_probs: [rollouts, length], in nats. advantages: [rollouts].
-        pictures: of the prompts that have one, in order. repeats: how many rollouts here are about each of them.
+        pictures: of the prompts, None where there is none; each has equally many rollouts here, one after another.
         share: of all tokens written in the step, those here.
     """
 
@@ -116,8 +120,7 @@ class Batch:
     written: Tensor
     old_log_probs: Tensor
     advantages: Tensor
-    pictures: list[np.ndarray]
-    repeats: list[int]
+    pictures: list[np.ndarray | None]
     share: float
 
     @classmethod
@@ -147,26 +150,38 @@ class Batch:
             padded([rollout.written for rollout in chosen], False),
             padded([rollout.log_probs for rollout in chosen], 0.0),
             gains[kept].flatten(),
-            [picture for index in kept if (picture := prompts[index].picture) is not None],
-            [samples for index in kept if prompts[index].picture is not None],
+            [prompts[index].picture for index in kept],
             sum(rollout.length for rollout in chosen) / sum(rollout.length for rollout in rollouts),
         )
 
     def log_probs(self, model: K25Lite, temperature: float = 1.0) -> Tensor:
-        """What the model holds of the tokens now, [rollouts, length] in nats, with gradients."""
-        vision = None
-        if self.pictures:  # each is seen once, whatever was written about it
-            pixel_values, grid_thw = pack([picture[None] for picture in self.pictures], model.vision_tower.config)
-            seen = model.encode_vision(pixel_values.to(model.device), grid_thw)
-            places = (self.input_ids == model.config.media_token_id).sum(1)
-            of_row = [int(count) for count in places if count]
-            first = np.cumsum([0, *self.repeats[:-1]])
-            parts = seen.split([of_row[row] for row in first])
-            vision = torch.cat([part.repeat(n, 1) for part, n in zip(parts, self.repeats, strict=True)])
-        ids = self.input_ids.to(model.device)
-        logits = model(ids, vision_embeds=vision).logits / temperature
-        media = torch.arange(logits.shape[-1], device=logits.device) == model.config.media_token_id
-        return token_log_probs(logits.masked_fill(media, -math.inf), ids)  # it could not be written
+        """What the model holds of the tokens now, [rollouts, length] in nats, with gradients; 0 at padding.
+
+        Rollouts of similar length go through the model together: one that went astray is three times as long as most.
+        """
+        vision = self._vision(model)
+        samples = len(self.input_ids) // len(self.pictures)
+        lengths = (self.written * torch.arange(1, self.written.shape[1] + 1)).amax(1)  # the last token is a written one
+        order = lengths.argsort(stable=True)
+        found = []
+        for rows in order.split(ROWS_AT_ONCE):
+            ids = self.input_ids[rows, : int(lengths[rows].max())].to(model.device)
+            seen = torch.cat([vision[row // samples] for row in rows.tolist()]) if vision else None
+            logits = model(ids, vision_embeds=seen).logits / temperature
+            media = torch.arange(logits.shape[-1], device=logits.device) == model.config.media_token_id
+            log_probs = token_log_probs(logits.masked_fill(media, -math.inf), ids)  # it could not be written
+            found.append(F.pad(log_probs, (0, self.input_ids.shape[1] - log_probs.shape[1])))
+        return torch.cat(found)[order.argsort()]
+
+    def _vision(self, model: K25Lite) -> list[Tensor]:
+        """The vision tokens of each prompt, whose picture is seen once, whatever was written; nothing if none has one."""
+        shown = [picture[None] for picture in self.pictures if picture is not None]
+        if not shown:
+            return []
+        pixel_values, grid_thw = pack(shown, model.vision_tower.config)
+        seen = model.encode_vision(pixel_values.to(model.device), grid_thw)
+        parts = iter(seen.split([media_tokens(picture) for picture in shown]))
+        return [seen[:0] if picture is None else next(parts) for picture in self.pictures]
 
 
 def make_pool(recipe: RLRecipe, seed: int) -> dict[str, list[Question]]:

@@ -120,9 +120,8 @@ def test_a_group_whose_advantages_are_all_zero_is_left_out():
     assert batch.written.tolist() == [[f, t, t, f], [f, t, f, f], [f, f, t, t], [f, t, f, t]]
     assert batch.old_log_probs.tolist() == [[0, -0.5, -0.5, 0], [0, -0.5, 0, 0], [0, 0, -0.5, -0.5], [0, -0.5, 0, -0.5]]
     assert batch.advantages.tolist() == [0.5, -0.5, -1, 1]
-    assert len(batch.pictures) == 1
     assert batch.pictures[0] is PICTURE
-    assert batch.repeats == [2]
+    assert batch.pictures[1:] == [None]
     assert batch.share == 7 / 11, "2 + 1 + 2 + 2 of 2 + 1 + 1 + 3 + 2 + 2 written tokens"
 
 
@@ -131,8 +130,7 @@ def test_groups_that_agree_are_kept_if_asked_for():
     batch = Batch.of(PROMPTS, BY_HAND, gains, 0, all_of_them=True)
     assert batch.input_ids.shape == (6, 5)
     assert batch.advantages.tolist() == [0.5, -0.5, 0, 0, 0, 0]
-    assert [picture.max() for picture in batch.pictures] == [0, 1]
-    assert batch.repeats == [2, 2]
+    assert [picture if picture is None else picture.max() for picture in batch.pictures] == [0, 1, None]
     assert batch.share == 1
     assert Batch.of(PROMPTS, BY_HAND, gains, 0).share == 3 / 11
 
