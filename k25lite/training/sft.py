@@ -69,7 +69,7 @@ class Size:
 
 SIZES = {
     "smoke": Size(rows=20, steps=2, questions=2),
-    "lite": Size(rows=4_000, steps=30, questions=25),
+    "lite": Size(rows=4_000, steps=20, questions=25),
     "full": Size(rows=8_000, steps=40, questions=50),
 }
 

@@ -66,9 +66,8 @@ def rl_stage(run: RLRun) -> Path:
         with Sandbox() as sandbox:
 
             def curve(model: K25Lite) -> pd.DataFrame:
-                return examine(
-                    model, words, sandbox, kinds=MANY, count=run.curve_questions, seed=FIRST_SEED // 2 + run.seed
-                )
+                options: dict[str, Any] = {"count": run.curve_questions, "seed": FIRST_SEED // 2 + run.seed}
+                return examine(model, words, sandbox, kinds=MANY, temperature=1.0, **options)
 
             points = range(0, run.recipe.steps + 1, max(run.recipe.steps // 6, 1))
             options: dict[str, Any] = {"evaluate": curve, "evaluate_at": points, "checkpoints": checkpoints}
@@ -137,8 +136,8 @@ def successes(
 
 
 def gather(runs: Sequence[RLRun], folders: Sequence[Path]) -> dict[str, pd.DataFrame]:
-    """What the runs left: log, scores, exam and families, each with the columns name and seed."""
-    frames: dict[str, list[pd.DataFrame]] = {"log": [], "scores": [], "exam": [], "families": []}
+    """What the runs left: log, scores, exam, sampled and families, each with the columns name and seed."""
+    frames: dict[str, list[pd.DataFrame]] = {"log": [], "scores": [], "exam": [], "sampled": [], "families": []}
     for run, folder in zip(runs, folders, strict=True):
         for name, found in frames.items():
             frame = pd.read_json(folder / f"{name}.json", precise_float=True)

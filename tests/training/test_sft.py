@@ -3,6 +3,7 @@
 from dataclasses import replace
 from random import Random
 
+import pandas as pd
 import pytest
 import torch
 
@@ -83,6 +84,9 @@ def test_a_stage_is_trained_once_and_examined_on_pictures(base, monkeypatch):
     assert kept == [True]
     assert sft_stage(replace(run, name="another name")) == folder
     assert sft_stage(replace(run, arm=ARMS["few text"])) != folder
+    sampled = pd.read_json(folder / "sampled.json")
+    assert set(sampled.kind) == set(MANY)
+    assert (sampled.asked == 3 * 2).all()
     model = K25Lite.from_pretrained(folder)
     with Sandbox() as sandbox:
         for sight in ("shown", "blank", "swapped", "told"):

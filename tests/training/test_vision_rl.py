@@ -16,7 +16,7 @@ from k25lite.training.rl import RLRecipe
 from k25lite.training.rollout import Rollout
 from k25lite.training.schedules import EARLY
 from k25lite.training.sft import ARMS, MANY, SFTRun, sft_stage, tool_tokenizer
-from k25lite.training.tasks import KINDS
+from k25lite.training.tasks import KINDS, make_task
 from k25lite.training.vision_rl import RLRun, begin, gather, rl_stage
 from k25lite.world.families import FAMILIES
 
@@ -119,16 +119,18 @@ def test_gather_gives_what_the_runs_left_with_name_and_seed(trained):
     folders, _, _ = trained
     runs = [WARM, replace(COLD, name="another")]
     frames = gather(runs, [folders["warm"], folders["cold"]])
-    assert list(frames) == ["log", "scores", "exam", "families"]
+    assert list(frames) == ["log", "scores", "exam", "sampled", "families"]
     for frame in frames.values():
         assert frame.name.drop_duplicates().tolist() == ["warm", "another"]
         assert (frame.seed == 3).all()
         assert frame.index.is_unique
     for name in ("warm", "another"):
-        log, scores, exam, families = (frame[frame.name == name] for frame in frames.values())
+        log, scores, exam, sampled, families = (frame[frame.name == name] for frame in frames.values())
         assert log.step.tolist() == [0, 1]
         assert sorted(zip(scores.step, scores.kind, strict=True)) == sorted((s, k) for s in (0, 1, 2) for k in MANY)
         assert sorted(zip(exam.sight, exam.kind, strict=True)) == sorted((s, k) for s in SIGHTS for k in KINDS)
+        assert set(sampled.kind) == set(MANY)
+        assert (sampled.asked == 3 * 2).all()
         assert set(families.family) == set(FAMILIES)
         for frame in (scores, exam):
             assert (frame.asked == 2).all()
@@ -145,7 +147,7 @@ def test_swapped_no_task_is_shown_its_own_picture_and_every_picture_is_of_its_ki
     """The model is asked nothing here: what it would be shown is looked at."""
     shown = {}
 
-    def watched(model, words, prompts, sandbox):
+    def watched(model, words, prompts, sandbox, **_):
         shown[sight] = [prompt.picture for prompt in prompts]
         return [Rollout([], [], []) for _ in prompts]
 
@@ -159,6 +161,24 @@ def test_swapped_no_task_is_shown_its_own_picture_and_every_picture_is_of_its_ki
         first = index - index % count
         assert any(np.array_equal(other, picture) for picture in shown["shown"][first : first + count])
         assert not np.array_equal(other, own)
+
+
+def test_every_answer_to_a_question_counts_for_its_kind(monkeypatch):
+    """Of three answers to each question of one kind the first is right, of the other the first two."""
+    random = Random("k25lite examination 3")
+    tasks = [make_task(kind, random, True) for kind in ("what", "read") for _ in range(4)]
+    right = {"what": 1, "read": 2}
+
+    def scripted(model, words, prompts, sandbox, *, samples, temperature, generator):
+        assert (samples, temperature) == (3, 1.0)
+        assert [prompt.question for prompt in prompts] == [task.question for task in tasks]
+        said = [task.answer if place < right[task.kind] else "" for task in tasks for place in range(samples)]
+        return [Rollout([], [], [], acts=[answer]) for answer in said]
+
+    monkeypatch.setattr(examination, "roll_out", scripted)
+    found = examine(None, None, None, kinds=("what", "read"), count=4, seed=3, temperature=1.0, samples=3)
+    assert found.set_index("kind").correct.to_dict() == {"what": 4, "read": 8}
+    assert (found.asked == 12).all()
 
 
 def test_one_question_of_a_kind_cannot_be_swapped():
