@@ -80,11 +80,18 @@ def examine(
 
 
 def examine_and_save(
-    model: K25Lite, words: PreTrainedTokenizerBase, seed: int, count: int, folder: Path, *, tools: bool = True
+    model: K25Lite,
+    words: PreTrainedTokenizerBase,
+    seed: int,
+    count: int,
+    folder: Path,
+    *,
+    tools: bool = True,
+    sights: Sequence[Sight] = SIGHTS,
 ) -> None:
     """Leave what a model can do in a folder.
 
-    exam.json: questions of every kind under every sight, answered by the likeliest tokens. sampled.json: questions about
+    exam.json: questions of every kind under `sights`, answered by the likeliest tokens. sampled.json: questions about
     pictures of the kinds that are trained on, three answers to each at temperature 1, as multimodal benchmarks of Kimi K2.5
     are run (Moonshot, "Best Practices for Benchmarking"; with top-p 0.95 beside). families.json: what is known without
     tools.
@@ -92,7 +99,7 @@ def examine_and_save(
     options: dict[str, Any] = {"count": count, "seed": FIRST_SEED + seed, "tools": tools}
     trained = [kind for kind in KINDS if kind not in NEVER]
     with Sandbox() as sandbox:
-        found = [examine(model, words, sandbox, sight=sight, **options).assign(sight=sight) for sight in SIGHTS]
+        found = [examine(model, words, sandbox, sight=sight, **options).assign(sight=sight) for sight in sights]
         sampled = examine(model, words, sandbox, kinds=trained, temperature=1.0, samples=3, **options)
     pd.concat(found).to_json(folder / "exam.json", orient="records")
     sampled.to_json(folder / "sampled.json", orient="records")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -218,7 +218,7 @@ def reinforce(
     seed: int,
     *,
     evaluate: Callable[[K25Lite], pd.DataFrame] | None = None,
-    evaluate_at: Sequence[int] = (),
+    evaluate_at: Collection[int] = (),
     checkpoints: Path | None = None,
     checkpoint_every: int = 5,
     progress: bool = True,

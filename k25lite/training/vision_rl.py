@@ -38,7 +38,7 @@ class RLRun:
     Args:
         name: in figures; it changes nothing else.
         start: what it begins with: a fine-tuned model; the end of another run; or, a cold start, a jointly trained model.
-        questions: of each kind in the examination at the end; curve_questions: in those on the way.
+        questions: of each kind in the examination at the end, curve_questions: in those on the way; 0 for none.
     """
 
     name: str
@@ -69,7 +69,7 @@ def rl_stage(run: RLRun) -> Path:
                 options: dict[str, Any] = {"count": run.curve_questions, "seed": FIRST_SEED // 2 + run.seed}
                 return examine(model, words, sandbox, kinds=MANY, temperature=1.0, **options)
 
-            points = range(0, run.recipe.steps + 1, max(run.recipe.steps // 6, 1))
+            points = {round(part * run.recipe.steps / 5) for part in range(6)} if run.curve_questions else ()
             options: dict[str, Any] = {"evaluate": curve, "evaluate_at": points, "checkpoints": checkpoints}
             return reinforce(model, words, run.recipe, seed, **options, progress=False)
 
@@ -108,7 +108,8 @@ def _stage(name: str, run: RLRun, learn: Callable[..., History | None]) -> Path:
         if history := learn(model, words, seed, checkpoints):
             history.save(folder)
         model.save_pretrained(folder)
-        examine_and_save(model, words, run.seed, run.questions, folder)
+        if run.questions:
+            examine_and_save(model, words, run.seed, run.questions, folder, sights=("shown", "told"))
 
     first = begin(run.start)
     config: dict[str, Any] = {key: value for key, value in asdict(run).items() if key not in ("name", "start")}
@@ -136,10 +137,10 @@ def successes(
 
 
 def gather(runs: Sequence[RLRun], folders: Sequence[Path]) -> dict[str, pd.DataFrame]:
-    """What the runs left: log, scores, exam, sampled and families, each with the columns name and seed."""
+    """What the runs left, all or none of them: log, scores, exam, sampled, families, with the columns name and seed."""
     frames: dict[str, list[pd.DataFrame]] = {"log": [], "scores": [], "exam": [], "sampled": [], "families": []}
     for run, folder in zip(runs, folders, strict=True):
         for name, found in frames.items():
-            frame = pd.read_json(folder / f"{name}.json", precise_float=True)
-            found.append(frame.assign(name=run.name, seed=run.seed))
-    return {name: pd.concat(found, ignore_index=True) for name, found in frames.items()}
+            if (file := folder / f"{name}.json").exists():
+                found.append(pd.read_json(file, precise_float=True).assign(name=run.name, seed=run.seed))
+    return {name: pd.concat(found, ignore_index=True) for name, found in frames.items() if found}

@@ -10,7 +10,7 @@ import torch
 
 from k25lite.model import K25Lite
 from k25lite.training import examination, rl, vision_rl
-from k25lite.training.examination import SIGHTS, examine
+from k25lite.training.examination import examine
 from k25lite.training.joint import BUDGETS, JointRun, joint_stage
 from k25lite.training.rl import RLRecipe
 from k25lite.training.rollout import Rollout
@@ -25,7 +25,7 @@ RECIPE = RLRecipe(steps=2, prompts=6, samples=2, pool=2)
 BASE = JointRun("early", 3, TINY, EARLY)
 TOOLS = SFTRun("zero-vision", ARMS["zero-vision"], BASE, rows=20, questions=2)
 WARM = RLRun("warm", TOOLS, RECIPE, questions=2, curve_questions=2)
-ON = RLRun("on", WARM, replace(RECIPE, shown=0.0), questions=2, curve_questions=2)
+ON = RLRun("on", WARM, replace(RECIPE, shown=0.0), questions=0, curve_questions=0)
 COLD = RLRun("cold", BASE, RECIPE, questions=2, curve_questions=2)
 
 
@@ -128,7 +128,9 @@ def test_gather_gives_what_the_runs_left_with_name_and_seed(trained):
         log, scores, exam, sampled, families = (frame[frame.name == name] for frame in frames.values())
         assert log.step.tolist() == [0, 1]
         assert sorted(zip(scores.step, scores.kind, strict=True)) == sorted((s, k) for s in (0, 1, 2) for k in MANY)
-        assert sorted(zip(exam.sight, exam.kind, strict=True)) == sorted((s, k) for s in SIGHTS for k in KINDS)
+        assert sorted(zip(exam.sight, exam.kind, strict=True)) == sorted(
+            (s, k) for s in ("shown", "told") for k in KINDS
+        )
         assert set(sampled.kind) == set(MANY)
         assert (sampled.asked == 3 * 2).all()
         assert set(families.family) == set(FAMILIES)
@@ -161,6 +163,13 @@ def test_swapped_no_task_is_shown_its_own_picture_and_every_picture_is_of_its_ki
         first = index - index % count
         assert any(np.array_equal(other, picture) for picture in shown["shown"][first : first + count])
         assert not np.array_equal(other, own)
+
+
+def test_a_run_without_questions_is_not_examined(trained):
+    frames = gather([ON], [trained[0]["on"]])
+    assert list(frames) == ["log", "scores"]
+    assert frames["log"].step.tolist() == [0, 1]
+    assert frames["scores"].empty
 
 
 def test_every_answer_to_a_question_counts_for_its_kind(monkeypatch):
