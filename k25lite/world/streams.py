@@ -126,7 +126,10 @@ def tokenised(batch: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> 
     cut = [pieces(document) for document in batch]
     # The tokenizer beneath, because transformers' own takes longer to repack the ids than that takes to find them.
     every = [piece for parts in cut for piece in parts]
-    ids = iter(tokenizer.backend_tokenizer.encode_batch_fast(every, add_special_tokens=False))
+    beneath = tokenizer.backend_tokenizer
+    beneath.no_padding()  # transformers leaves it as its last call had it
+    beneath.no_truncation()
+    ids = iter(beneath.encode_batch_fast(every, add_special_tokens=False))
     for document, parts in zip(batch, cut, strict=True):
         tokens = [piece.ids for piece in islice(ids, len(parts))]
         asked = [i % 2 == 1 for i, part in enumerate(tokens) for _ in part]

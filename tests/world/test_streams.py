@@ -60,6 +60,16 @@ def test_a_document_reads_as_its_pieces(world):
             assert text == " ".join(f"{prompt} {answer} ." for prompt, answer in document.turns) + " <eos>"
 
 
+def test_rows_are_the_same_after_batches_were_padded_and_cut(world):
+    def rows(words):
+        return [row.input_ids.tolist() for row in make_rows(documents(world, TEXT_MIX, 0), 5, 64, words)]
+
+    words = tokenizer()
+    fresh = rows(words)
+    words(["17 + 25 =", "42"], padding=True, truncation=True, max_length=2)
+    assert rows(words) == fresh
+
+
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others(world, words):
     def rows(seed):
         return make_rows(documents(world, VISION_MIX, seed), 5, 64, words)
