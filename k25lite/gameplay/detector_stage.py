@@ -213,7 +213,7 @@ def detector_stage(
         config["footage"] = [
             [video["sha256"] for each in recordings for video in manifest(each)["videos"]] for recordings in footage
         ]
-    return cached("detector", config, build)
+    return cached("detector", config, build, threads=None)
 
 
 def _record(folder: Path, run: DetectorRun, progress: bool) -> tuple[list[Path], list[Path]]:

@@ -116,7 +116,7 @@ def subagent_stage(run: SubagentRun, progress: bool = True) -> Path:
 
     if run.profile in SIZES:
         size = SIZES[run.profile]
-        return cached("subagent", asdict(run) | {"size": asdict(size)}, build)
+        return cached("subagent", asdict(run) | {"size": asdict(size)}, build, threads=None)
     if not SHIPPED.is_dir():
         raise FileNotFoundError(f"no sub-agent in {SHIPPED}: install k25lite again; or train one, profile='anew'")
     return SHIPPED

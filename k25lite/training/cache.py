@@ -32,7 +32,9 @@ def stages_folder() -> Path:
     return Path(os.environ.get("K25LITE_STAGES") or root / "runs" / "stages")
 
 
-def cached(name: str, config: Any, build: Callable[..., None], *, resumes: bool = False) -> Path:
+def cached(
+    name: str, config: Any, build: Callable[..., None], *, resumes: bool = False, threads: int | None = 1
+) -> Path:
     """The folder of a stage, built by `build(folder)` if it is not there yet.
 
     Two processes may build the same stage at once; the first to finish is kept. A build that fails or is killed leaves
@@ -42,6 +44,8 @@ def cached(name: str, config: Any, build: Callable[..., None], *, resumes: bool 
         config: everything the outcome depends on beside the code, as JSON can say it.
         resumes: call `build(folder, checkpoints)`; what it leaves in the folder `checkpoints` the next call finds there if
             this one is killed. It is None while another process builds the same stage.
+        threads: that torch computes with on a CPU. Their number rounds sums differently, and where a stage is built, alone
+            or beside others, shall not change what it learns. None: as many as the caller has.
     """
     folder = stages_folder() / f"{name}-{key(config, Path(inspect.getfile(build)))}"
     if folder.exists():
@@ -50,8 +54,19 @@ def cached(name: str, config: Any, build: Callable[..., None], *, resumes: bool 
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # of processes that train together one alone would get the lock
     with _checkpoints(folder) if resumes and alone else nullcontext() as checkpoints:
         if not folder.exists():  # another process may have finished it by now
-            _build(folder, name, config, partial(build, checkpoints=checkpoints) if resumes else build)
+            with _threads(threads):
+                _build(folder, name, config, partial(build, checkpoints=checkpoints) if resumes else build)
     return folder
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _build(folder: Path, name: str, config: Any, build: Callable[[Path], None]) -> None:

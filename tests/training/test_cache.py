@@ -2,8 +2,10 @@
 
 import multiprocessing
 import time
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 from k25lite.training import cache
 from k25lite.training.cache import cached, imported, key
@@ -25,6 +27,26 @@ def test_built_once_for_a_configuration():
     other = cached("vit", {"seed": 1}, write("c"))
     assert first == again != other
     assert (again / "weights").read_text() == "a"
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_stage_is_built_with_one_thread_wherever_it_is_and_others_keep_theirs(failing):
+    def build(folder):
+        used.append(torch.get_num_threads())
+        if failing:
+            raise OSError("the disk is full")
+
+    before, used = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(OSError, match="full") if failing else nullcontext():
+            cached("vit", {}, build)
+        assert (used, torch.get_num_threads()) == ([1], 3)
+        if not failing:
+            cached("detector", {}, build, threads=None)
+            assert used == [1, 3]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
