@@ -25,7 +25,8 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from k25lite.gameplay.events import BOSS_AREA, BOSSES, MONSTER_AREA, Step
+from k25lite.gameplay.encounters import EVERY, Encounters
+from k25lite.gameplay.events import BOSS_AREA, BOSSES, MONSTER_AREA, Box, Step
 from k25lite.gameplay.player import BUTTONS, Player, Sight, Sprite
 
 TICS_PER_SECOND = 35
@@ -33,9 +34,10 @@ TICS_PER_FRAME = 4  # 8.75 frames per second: a quarter of the data, and the sho
 MAPS = tuple(f"MAP{number:02d}" for number in range(1, 33))
 WIDTHS = (160, 320, 640)  # of the picture in pixels, at 4:3
 COUNTERS = ("DAMAGECOUNT", "DAMAGE_TAKEN", "KILLCOUNT")  # of the player, on this map
-VARIABLES = (*COUNTERS, "HEALTH", "ARMOR", "SELECTED_WEAPON_AMMO", "POSITION_X", "POSITION_Y")
+VARIABLES = (*COUNTERS, "HEALTH", "ARMOR", "SELECTED_WEAPON_AMMO", "POSITION_X", "POSITION_Y", "ANGLE")
 DEAD_FRAMES = 18  # about 2 s
 ARMS = (("Shotgun", "Shell 30"), ("SuperShotgun", "Shell 40"), ("Chaingun", "Clip 150"), ("PlasmaRifle", "Cell 120"))
+REARM = 0.4  # share of encounters with another weapon: what a weapon fires hides what it hits
 BOSS_TRIES = 3  # a boss that found no room where the player looks is summoned again
 FRAMES_BETWEEN_TRIES = 18  # about 2 s: the player looks elsewhere by then
 
@@ -80,8 +82,10 @@ def end_with_parent(parent: int) -> None:
 
 
 @contextmanager
-def running_game(work: Path, *, first_map: str, seed: int, width: int) -> Iterator[Any]:
+def running_game(work: Path, *, first_map: str, seed: int, width: int, encounters: bool = False) -> Iterator[Any]:
     """A running `vizdoom.DoomGame`, closed at the end; its files go to the directory `work`.
+
+    With `encounters` it tells of all objects of a map, and writes no messages: these would name what is removed.
 
     On Linux the game never outlives this process. What a game killed in this way leaves behind: see
     `remove_leftovers`.
@@ -103,7 +107,8 @@ def running_game(work: Path, *, first_map: str, seed: int, width: int) -> Iterat
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_screen_resolution(getattr(vizdoom.ScreenResolution, f"RES_{width}X{width * 3 // 4}"))
     game.set_render_hud(True)
-    game.set_render_messages(True)
+    game.set_render_messages(not encounters)
+    game.set_objects_info_enabled(encounters)
     game.set_labels_buffer_enabled(True)
     game.set_depth_buffer_enabled(True)
     game.set_notifications_buffer_enabled(True)
@@ -175,19 +180,28 @@ def pickup_messages() -> dict[str, str]:
 
 
 def play(
-    work: Path, frames: int, *, maps: Iterator[str], seed: int, width: int, map_seconds: float
+    work: Path,
+    frames: int,
+    *,
+    maps: Iterator[str],
+    seed: int,
+    width: int,
+    map_seconds: float,
+    encounters: bool = False,
 ) -> Generator[tuple[np.ndarray, Step], None, None]:
     """Play `frames` frames; yield each picture (uint8, [height, width, 3], RGB) and what the game says about it.
 
     The player stays 0.5 to 1.5 times `map_seconds` on each of `maps` and meets a boss there, if one finds room to
-    appear.
+    appear. With `encounters` it also meets one monster after another: see that module.
     """
     rng = Random(seed)
     items = pickup_messages()
     picture_area = width * width * 3 // 4
     player = Player(Random(rng.random()), width, TICS_PER_FRAME)
     name = next(maps)
-    with running_game(work, first_map=name, seed=rng.randrange(2**31), width=width) as game:
+    seed = rng.randrange(2**31)
+    with running_game(work, first_map=name, seed=seed, width=width, encounters=encounters) as game:
+        meetings = Encounters(game, rng) if encounters else None
         frames_left = dead_frames = tries = boss_in = kills = 0
         before: list[float] | None = None  # the counters at the frame before
         living: dict[int, str] = {}  # classes of the monsters in view one frame before
@@ -198,6 +212,8 @@ def play(
                     game.set_doom_map(name)
                     game.new_episode()
                     player.start_map()
+                    if meetings:
+                        meetings.start_map()
                 stay = rng.uniform(0.5, 1.5) * map_seconds * TICS_PER_SECOND / TICS_PER_FRAME
                 frames_left, dead_frames = max(1, round(stay)), 0
                 tries, boss_in = BOSS_TRIES, round(rng.uniform(0.3, 0.7) * stay)
@@ -209,7 +225,7 @@ def play(
                 _arm(game, rng)
 
             state = game.get_state()
-            *counts, health, armor, ammunition, x, y = state.game_variables.tolist()
+            *counts, health, armor, ammunition, x, y, _ = state.game_variables.tolist()
             before = before or counts
             kills += int(counts[2] - before[2])
             messages = state.notifications_buffer.splitlines()
@@ -228,9 +244,14 @@ def play(
                 health=max(0, int(health)),
                 armor=int(armor),
                 ammo=int(ammunition),
+                boxes=tuple(_box(monster, width) for monster in monsters),
             )
             yield state.screen_buffer, step
 
+            if meetings and step.alive and number % EVERY == EVERY - 1:
+                if rng.random() < REARM:
+                    _arm(game, rng)
+                meetings.begin()
             before, living = counts, {monster.id: monster.name for monster in monsters}
             frames_left, boss_in = frames_left - 1, boss_in - 1
             if step.bosses:
@@ -246,6 +267,12 @@ def play(
                 dead_frames += 1
                 buttons = [0.0] * len(BUTTONS)
             game.make_action(buttons, TICS_PER_FRAME)
+
+
+def _box(sprite: Sprite, width: int) -> Box:
+    left, top, right, bottom = sprite.corners
+    height = width * 3 // 4
+    return Box(sprite.name, left / width, top / height, right / width, bottom / height)
 
 
 def _arm(game: Any, rng: Random) -> None:

@@ -38,6 +38,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import ceil, inf
+from typing import NamedTuple
 
 KINDS = ("fight", "boss", "pickup", "death", "level")
 NOTED = ("kill", "low_health", "sight")
@@ -56,6 +57,16 @@ LOW_HEALTH = 25  # of 100: the game has a special message for a medikit found in
 Span = tuple[float, float]  # frames, end exclusive
 
 
+class Box(NamedTuple):
+    """Where a monster is to be seen, in parts of the width and of the height of the picture."""
+
+    monster: str  # its class
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
 @dataclass(frozen=True)
 class Step:
     """What the game says about one frame."""
@@ -71,6 +82,7 @@ class Step:
     health: int = 100
     armor: int = 0
     ammo: int = 0  # for the weapon in hand
+    boxes: tuple[Box, ...] = ()  # of the living monsters in view
 
 
 @dataclass(frozen=True, order=True)

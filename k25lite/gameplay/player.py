@@ -43,6 +43,7 @@ class Sprite:
     width: int
     area: int  # of the box around the pixels that can be seen
     distance: float
+    corners: tuple[int, int, int, int] = (0, 0, 0, 0)  # of that box: left, top, right, bottom
 
     @property
     def is_monster(self) -> bool:
@@ -53,7 +54,8 @@ class Sprite:
     def of_label(cls, label: Any, position: tuple[float, float]) -> Sprite:
         distance = hypot(label.object_position_x - position[0], label.object_position_y - position[1])
         x, area = label.x + label.width / 2, label.width * label.height
-        return cls(label.object_id, label.object_name, label.object_category, x, label.width, area, distance)
+        corners = label.x, label.y, label.x + label.width, label.y + label.height
+        return cls(label.object_id, label.object_name, label.object_category, x, label.width, area, distance, corners)
 
 
 @dataclass(frozen=True)

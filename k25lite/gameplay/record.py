@@ -4,6 +4,7 @@
     DIR/events.jsonl           {"video", "start", "end", "kind", "detail"}: seconds in that video; definitions: module
                                `events`; no detail where none is known
     DIR/states.csv             video, second, map, health, armor, ammo, kills: of the frame shown at each full second
+    DIR/boxes.csv              if asked for: video, frame, monster, left, top, right, bottom: of each in view, from 0 to 1
     DIR/manifest.json          parameters, codec; per video seconds, fps, width, height, frames, maps, seed, bytes, sha256
     DIR/parts/                 until all is recorded: what is known of finished videos, work of unfinished ones
 
@@ -48,7 +49,7 @@ from k25lite.gameplay.doom import (
     remove_leftovers,
     require_vizdoom,
 )
-from k25lite.gameplay.events import STATE, Step, find_events, states
+from k25lite.gameplay.events import STATE, Box, Step, find_events, states
 from k25lite.results import write_whole
 
 FPS = Fraction(TICS_PER_SECOND, TICS_PER_FRAME)
@@ -58,7 +59,7 @@ CODEC = {"preset": "veryfast", "crf": "30", "bf": "0"}
 KEYFRAME_EVERY = 18  # frames at most, about 2 s: a clip that begins there is cut without encoding anew
 BYTES_PER_SECOND = {160: 10_000, 320: 26_000, 640: 68_000}  # of footage, by width: measured, and rounded up
 
-Part = dict[str, Any]  # of one video: {"entry" in the manifest, "events" and "states": its lines in those files}
+Part = dict[str, Any]  # of one video: {"entry" in the manifest, "events", "states", "boxes": its lines in those files}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Job:
     width: int
     map_seconds: float
     maps: tuple[str, ...]
+    boxes: bool
+    encounters: bool
 
     @property
     def video(self) -> str:
@@ -88,13 +91,16 @@ def record(
     width: int = 160,
     map_seconds: float = 120.0,
     maps: Iterable[str] | None = None,
+    boxes: bool = False,
+    encounters: bool = False,
     progress: bool = True,
 ) -> Path:
     """Record `videos` videos of together `minutes` minutes into the directory `out`; return its manifest.json.
 
     `workers` processes record one video each at a time, by default one per processor. `width`: 160, 320 or 640 pixels
     (4:3). `map_seconds`: mean stay on one map. `maps`: those to play, two or more of doom.MAPS, by default all.
-    `progress`: show a bar. Videos that `out` holds already are kept.
+    `boxes`: write boxes.csv, where in each frame monsters are to be seen. `encounters`: monster upon monster, to learn
+    them from; see that module. `progress`: show a bar. Videos that `out` holds already are kept.
 
     Equal arguments, `workers` apart, give equal events, and on processors of one kind equal bytes.
 
@@ -125,9 +131,10 @@ def record(
     }
     if maps is not None:
         parameters["maps"] = list(chosen)
+    parameters |= {name: True for name, wanted in (("boxes", boxes), ("encounters", encounters)) if wanted}
     parameters["vizdoom"] = require_vizdoom().__version__
     out = Path(out).resolve()
-    jobs = [Job(out, index, frames, seed, width, map_seconds, chosen) for index in range(videos)]
+    jobs = [Job(out, index, frames, seed, width, map_seconds, chosen, boxes, encounters) for index in range(videos)]
     _check_room(out, float(frames / FPS) * BYTES_PER_SECOND[width] * (videos - len(_finished_parts(out))))
     with _claimed(out, parameters):
         parts = _finished_parts(out)
@@ -148,6 +155,9 @@ def _assemble(out: Path, parameters: dict[str, Any], parts: list[Part]) -> None:
     write_whole(out / "events.jsonl", "".join(lines))
     rows = [",".join(("video", *STATE)), *(row for part in parts for row in part["states"])]
     write_whole(out / "states.csv", "\n".join(rows) + "\n")
+    if "boxes" in parameters:
+        rows = [",".join(("video", "frame", *Box._fields)), *(row for part in parts for row in part["boxes"])]
+        write_whole(out / "boxes.csv", "\n".join(rows) + "\n")
     codec = {"name": "libx264", **CODEC, "pyav": av.__version__}
     manifest = {"parameters": parameters, "codec": codec, "videos": [part["entry"] for part in parts]}
     write_whole(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -199,13 +209,14 @@ def _finished_parts(out: Path) -> dict[str, Part]:
     """By video, the parts whose videos are there: from parts/, or from the manifest of a finished recording."""
     parts = [json.loads(path.read_text()) for path in (out / "parts").glob("*.mp4.json")]
     manifest = _manifest(out)
-    if manifest is not None and all((out / name).exists() for name in ("events.jsonl", "states.csv")):
+    tables = ["states", *(["boxes"] if manifest and "boxes" in manifest["parameters"] else [])]
+    if manifest is not None and all((out / name).exists() for name in ("events.jsonl", *(f"{t}.csv" for t in tables))):
         events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-        rows = (out / "states.csv").read_text().splitlines()
+        rows = {table: (out / f"{table}.csv").read_text().splitlines() for table in tables}
         for entry in manifest["videos"]:
             mine = [event for event in events if event["video"] == entry["video"]]
-            seconds = [row for row in rows if row.startswith(entry["video"] + ",")]
-            parts.append({"entry": entry, "events": mine, "states": seconds})
+            own = {table: [row for row in rows[table] if row.startswith(entry["video"] + ",")] for table in tables}
+            parts.append({"entry": entry, "events": mine, **own})
     paths = [out / part["entry"]["video"] for part in parts]
     return {
         path.name: part
@@ -277,7 +288,8 @@ def _record_video(job: Job, advance: Callable[[int], Any]) -> Part:
     order = Random(job.seed).sample(job.maps, len(job.maps))
     first = job.index * math.ceil(job.frames / FPS / job.map_seconds)
     maps = itertools.islice(itertools.cycle(order), first % len(order), None)
-    session = play(work, job.frames, maps=maps, seed=seed, width=job.width, map_seconds=job.map_seconds)
+    how = {"width": job.width, "map_seconds": job.map_seconds, "encounters": job.encounters}
+    session = play(work, job.frames, maps=maps, seed=seed, **how)
     try:
         with closing(session):
             steps = _encode(session, work / "video.mp4", job.width, advance)
@@ -301,6 +313,11 @@ def _record_video(job: Job, advance: Callable[[int], Any]) -> Part:
         "events": [event.as_dict() for event in find_events(job.video, steps, float(FPS))],
         "states": [",".join(map(str, (job.video, *row))) for row in states(steps, float(FPS))],
     }
+    if job.boxes:
+        seen = [(frame, box) for frame, step in enumerate(steps) for box in step.boxes]
+        part["boxes"] = [
+            f"{job.video},{frame},{box[0]}," + ",".join(f"{v:.4f}" for v in box[1:]) for frame, box in seen
+        ]
     os.replace(work / "video.mp4", job.out / job.video)
     write_whole(job.out / "parts" / f"{job.video}.json", json.dumps(part))
     shutil.rmtree(work)

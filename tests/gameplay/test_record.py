@@ -18,13 +18,15 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from k25lite.cli import app
 from k25lite.gameplay import doom
 from k25lite.gameplay import record as recorder
-from k25lite.gameplay.events import KINDS, NOTED, find_events, states
+from k25lite.gameplay.encounters import MONSTERS
+from k25lite.gameplay.events import BOSS_AREA, BOSSES, KINDS, NOTED, Box, find_events, states
 from k25lite.gameplay.record import record
 
 needs_game = pytest.mark.skipif(find_spec("vizdoom") is None, reason="needs the game: pip install 'k25lite[game]'")
@@ -378,6 +380,42 @@ def test_finished_recording_is_kept_and_a_lost_video_replaced(recording, tmp_pat
     (tmp_path / "gameplay_0002.mp4").write_bytes(b"cut short")
     record(tmp_path, **ARGUMENTS, progress=False)
     assert content(tmp_path) == content(recording)
+
+
+@needs_game
+def test_encounters_show_monsters_of_many_kinds_where_the_boxes_say(tmp_path):
+    """And equal seeds give equal ones; a finished recording is taken as it is, a lost video replaced, with its boxes."""
+    arguments = {"videos": 2, "minutes": 1.2, "seed": 3, "map_seconds": 12.0, "boxes": True, "encounters": True}
+    made = record(tmp_path / "one", **arguments, progress=False).parent
+    boxes = pd.read_csv(made / "boxes.csv")
+    assert list(boxes.columns) == ["video", "frame", *Box._fields]
+    assert set(boxes.monster) <= set(MONSTERS)
+    assert boxes.monster.nunique() > 10
+    corners = boxes[["left", "top", "right", "bottom"]]
+    assert ((corners >= 0) & (corners <= 1)).all(None)
+    assert ((boxes.right > boxes.left) & (boxes.bottom > boxes.top)).all()
+    frames = sum(entry["frames"] for entry in entries(made))
+    with_boss = boxes[boxes.monster.isin(BOSSES)].groupby(["video", "frame"]).ngroups
+    assert with_boss / frames > 0.2
+    area = (boxes.right - boxes.left) * (boxes.bottom - boxes.top)
+    sights = [event for event in events(made) if event["kind"] == "sight"]
+    large = boxes[boxes.monster.isin(BOSSES) & (area >= BOSS_AREA)]
+    for frame in large[large.video == "gameplay_0000.mp4"].frame.unique():
+        second = frame / 8.75
+        inside = [s for s in sights if s["video"] == "gameplay_0000.mp4" and s["start"] - 1e-3 <= second < s["end"]]
+        dead = [e for e in events(made) if e["kind"] == "death" and e["start"] - 1e-3 <= second < e["end"]]
+        assert inside or dead, "where a boss has a large box the player, if alive, sees one"
+
+    again = record(tmp_path / "two", **arguments, progress=False, workers=1).parent
+    assert content(again) == content(made)
+    (again / "gameplay_0001.mp4").unlink()
+    record(again, **arguments, progress=False)
+    assert content(again) == content(made)
+
+
+@needs_game
+def test_without_being_asked_for_there_are_no_boxes(recording):
+    assert not (recording / "boxes.csv").exists()
 
 
 @needs_game
