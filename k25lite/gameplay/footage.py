@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from os import PathLike
 
@@ -28,6 +28,7 @@ FRAME_STEP = 16 / 35  # seconds: every fourth frame of a recording
 CHUNK_SECONDS = 2 * FRAME_STEP  # from one chunk to the next
 STATUS_BAR = 168 / 200  # of the height of the picture: where it begins
 MESSAGES = 0.2  # of the height of the picture: where the third of the game's messages ends
+SMALL = (64, 64)  # height and width in pixels of a picture that is only glanced at
 THUMBNAIL = (16, 12)  # width and height in which pictures are compared
 ROUNDING = 2e-3  # seconds that a time stamp may be off: containers round them to milliseconds
 
@@ -39,10 +40,12 @@ class Chunks:
     Attributes:
         times: [n] seconds from the start of the video at which what each is about begins.
         frames: [n, 4, height, width, 3] uint8 RGB.
+        shown: [n, 4] seconds at which each of these pictures appears.
     """
 
     times: np.ndarray
     frames: np.ndarray
+    shown: np.ndarray
 
 
 def read_chunks(
@@ -98,7 +101,7 @@ def read_all(chunks: Iterable[Chunks]) -> Chunks:
     parts = list(chunks)
     if not parts:
         raise ValueError("there is no chunk to read")
-    return Chunks(np.concatenate([part.times for part in parts]), np.concatenate([part.frames for part in parts]))
+    return Chunks(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Chunks)))
 
 
 def read_events(path: str | PathLike, kinds: Collection[str] = KINDS) -> list[Event]:
@@ -145,7 +148,7 @@ def shares(events: Iterable[Event], times: np.ndarray) -> np.ndarray:
     return covered.clip(max=1)
 
 
-def _chunks(pictures: Iterator[np.ndarray], first: int, last: float, batch: int) -> Iterator[Chunks]:
+def _chunks(pictures: Iterator[tuple[float, np.ndarray]], first: int, last: float, batch: int) -> Iterator[Chunks]:
     """Chunks first ... last - 1 of as many pictures as there are, from the one before chunk `first`."""
     window = list(islice(pictures, 2))
     while first < last:
@@ -154,21 +157,23 @@ def _chunks(pictures: Iterator[np.ndarray], first: int, last: float, batch: int)
         if not count:
             return
         padded = window + window[-1:] * 2
-        frames = np.stack([padded[2 * i : 2 * i + FRAMES] for i in range(count)])
-        yield Chunks((first + np.arange(count)) * CHUNK_SECONDS, frames)
+        shown, frames = (
+            np.stack([[each[part] for each in padded[2 * i : 2 * i + FRAMES]] for i in range(count)]) for part in (0, 1)
+        )
+        yield Chunks((first + np.arange(count)) * CHUNK_SECONDS, frames, shown)
         first, window = first + count, window[2 * count :]
 
 
 def _moments(
     source: str | PathLike, size: tuple[int, int], first: int, last: float, changed: bool
-) -> Iterator[np.ndarray]:
-    """The picture of step `first`, of the next ... before `last`; step k begins at FRAME_STEP * k.
+) -> Iterator[tuple[float, np.ndarray]]:
+    """(when it appears, the picture) of step `first`, of the next ... before `last`; step k begins at FRAME_STEP * k.
 
     Of the pictures that appear in a step it is the one that differs most from those before and after it, for a flash may
     last for a single frame; where none appears, or none differs, the one on the screen.
     """
     scale, difference = Scaler(size), _Difference()
-    number, most = first, 0.0
+    number, most, since = first, 0.0, 0.0
     shown = chosen = None
     appeared, before = -math.inf, 0.0  # of `shown`: when, and how much it differs from the one before
     for time, frame in _decode(source, start=max(0.0, first * FRAME_STEP - 2 * ROUNDING)):
@@ -177,13 +182,14 @@ def _moments(
             shown = frame  # before the first picture, that one
         begins = number * FRAME_STEP
         if chosen is None or appeared < begins - ROUNDING:
-            chosen = shown
+            chosen, since = shown, max(appeared, 0.0)
         elif appeared <= begins + ROUNDING or before + after > most:
-            chosen, most = shown, before + after
+            chosen, since, most = shown, appeared, before + after
         over = (number + 1) * FRAME_STEP - ROUNDING if frame else number * FRAME_STEP + ROUNDING
         while number < last and over <= time:
-            yield scale(chosen)
-            number, over, chosen, most = number + 1, over + FRAME_STEP, shown, 0.0
+            yield since, scale(chosen)
+            number, over, most = number + 1, over + FRAME_STEP, 0.0
+            chosen, since = shown, max(appeared, 0.0)
         if number >= last:
             return
         shown, appeared, before = frame, time, after
@@ -200,7 +206,7 @@ class _Difference:
         small = self.reformatter.reformat(frame, *THUMBNAIL, format="gray", interpolation=Interpolation.AREA)
         now, before = small.to_ndarray().astype(np.int16), self.before
         self.before = now
-        return 0.0 if before is None else float(np.abs(now - before).mean())
+        return 0.0 if before is None else int(np.abs(now - before).sum()) / now.size
 
 
 class Scaler:
@@ -236,9 +242,9 @@ def _decode(
             if start > 0:
                 container.seek(origin + int(start / stream.time_base), stream=stream)
             duration = 1 / float(stream.average_rate) if stream.average_rate else 0.0
-            end = 0.0
-            for frame in container.decode(stream):
-                time = float((frame.pts - origin) * stream.time_base) if frame.pts is not None else end
+            end, tick = 0.0, stream.time_base
+            for frame in container.decode(stream):  # exact: fractions in each would cost a tenth of decoding key frames
+                time = (frame.pts - origin) * tick.numerator / tick.denominator if frame.pts is not None else end
                 end = time + duration
                 yield time, frame
             if not end:

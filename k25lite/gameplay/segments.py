@@ -24,7 +24,7 @@ from k25lite.vision.media import MediaError
 SUFFIXES = frozenset(".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ts .webm .wmv".split())  # taken from a folder
 SHORTEST, LONGEST = 60.0, 300.0  # seconds of a segment: enough of them for two workers, few enough for a day of video
 LEAST = 0.75  # of the length aimed at: how short a quiet place may cut a segment
-MARGIN = 11.0  # seconds: more than the longest gap within one event, 10 s (`events.BOSS_GAP`)
+MARGIN = 15.0  # seconds: what an event may have of gaps, 10 s (`events.BOSS_GAP`), and what a chunk is judged by, 14 s
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ A viewer is the policy of all sub-agents. A task is one line of JSON, and so is 
 
 coarse  Look at the key frames of a video alone. Answer: `quiet`, places to cut at with how much goes on there, and
         `active`, the spans that are worth a closer look. A picture that has changed is worth one whatever it shows, so
-        the model is asked only about those that have not, one in two seconds: it takes longer than decoding a small one.
+        the model is asked only about those that have not, one in NEAR seconds, and sees them small: to look closely takes
+        longer than to decode.
 fine    Watch these spans of a segment. Answer: `events` with their evidence, and a `summary` in words.
 clips   Cut the clips and key frames of some events (`clips.illustrate`). Answer: how many `files` there are.
 
@@ -18,7 +19,7 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 
 from k25lite.gameplay.clips import illustrate
 from k25lite.gameplay.events import KINDS
-from k25lite.gameplay.footage import CHUNK_SECONDS, THUMBNAIL, Scaler, read_chunks, read_keyframes
+from k25lite.gameplay.footage import CHUNK_SECONDS, SMALL, THUMBNAIL, Scaler, read_chunks, read_keyframes
 from k25lite.gameplay.merge import KEYFRAMES, Found
 from k25lite.gameplay.spans import SpanRule, find_spans, key_moments
 from k25lite.gameplay.story import summary
@@ -36,7 +37,7 @@ from k25lite.results import write_whole
 from k25lite.swarm.policy import Message, Reply
 from k25lite.vision.media import MediaError
 
-VERSION = 3  # of the answers that are kept
+VERSION = 4  # of the answers that are kept
 LOWEST = 0.25  # of a kind's threshold: a key frame below it for all kinds, and like those around it, is dull
 CHANGE = 0.08  # mean difference of two key frames, from 0 to 1, that is worth a closer look
 NEAR = 4.0  # seconds around what is worth it that are watched too; key frames further apart than this say nothing
@@ -51,6 +52,8 @@ class Model(Protocol):
     rules: Mapping[str, SpanRule]
 
     def probabilities(self, frames: np.ndarray) -> np.ndarray: ...
+
+    def watch(self, chunks: Iterable[np.ndarray]) -> np.ndarray: ...
 
 
 _MODELS: dict[str, Model] = {}  # by identity: a viewer comes to a worker anew with each task
@@ -92,7 +95,7 @@ class LocalViewer:
 
     def _coarse(self, task: dict[str, Any]) -> dict[str, Any]:
         model = self.model()
-        scale, begins = Scaler(model.size), [model.rules[kind].begin for kind in KINDS]
+        scale, begins = Scaler(SMALL), [model.rules[kind].begin for kind in KINDS]
         times, changes, error = list[float](), list[float](), ""
         activity, still = dict[int, float](), dict[int, np.ndarray]()
         answered = -math.inf  # until when it is known whether the video is worth a closer look
@@ -109,7 +112,7 @@ class LocalViewer:
                     answered = time + NEAR  # what is near it is watched anyway
                 elif time >= answered:
                     still[len(times)] = scale(frame)
-                    answered = time + NEAR / 2
+                    answered = time + NEAR
                 times.append(time)
                 changes.append(change)
                 if len(still) == BATCH:
@@ -124,19 +127,24 @@ class LocalViewer:
 
     def _fine(self, task: dict[str, Any]) -> dict[str, Any]:
         model = self.model()
-        times, scores, thumbnails = [], [], []
+        times, scores, thumbnails = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
         error = ""
-        for start, end in task["spans"]:
+
+        def read(start: float, end: float) -> Iterator[np.ndarray]:
+            nonlocal error
             try:
                 for chunks in read_chunks(task["path"], model.size, start=start, end=end):
                     times.append(chunks.times)
-                    scores.append(model.probabilities(chunks.frames))
                     thumbnails.append(shrink(chunks.frames))
+                    yield chunks.frames
                 seen = times[-1][-1] + CHUNK_SECONDS if times else 0.0
                 if seen < end - 2 * CHUNK_SECONDS:
                     error = f"{task['path']}: cut short, nothing can be decoded from {seen:.1f} s on"
             except MediaError as problem:
                 error = str(problem)
+
+        for start, end in task["spans"]:
+            scores.append(model.watch(read(start, end)))
         events: list[Found] = []
         if times:
             events = _events(

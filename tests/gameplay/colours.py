@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +39,10 @@ class ColourModel:
         mean = frames.mean((1, 2, 3))[:, None]
         distance = np.abs(mean - np.array([COLOURS[kind] for kind in KINDS])).max(-1)
         return (1 - distance / 80).clip(0, 1).astype(np.float32)
+
+    def watch(self, chunks: Iterable[np.ndarray]) -> np.ndarray:
+        parts = [self.probabilities(frames) for frames in chunks]
+        return np.concatenate([np.zeros((0, len(KINDS)), np.float32), *parts])
 
 
 def colour_model() -> ColourModel:

@@ -395,7 +395,7 @@ def test_the_scout_asks_the_model_only_where_little_changes_and_overlooks_nothin
         "a still event between two changes is watched from its beginning to its end, and nothing else"
     )
     assert answer["keyframes"] == 50
-    assert 20 < Counting.asked < 50, "what lies near a change is watched anyway"
+    assert 10 < Counting.asked < 25, "one in four seconds, and what lies near a change is watched anyway"
     quiet = dict(answer["quiet"])
     assert max(level for time, level in quiet.items() if not 10 < time < 70) < min(
         level for time, level in quiet.items() if 20 < time < 60
