@@ -73,6 +73,9 @@ class Context(nn.Module):
     Source: van den Oord et al. 2016, WaveNet; here they look ahead as well.
     """
 
+    mean: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, features: int, config: DetectorConfig):
         super().__init__()
         size = config.context_size

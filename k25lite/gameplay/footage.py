@@ -157,9 +157,9 @@ def _chunks(pictures: Iterator[tuple[float, np.ndarray]], first: int, last: floa
         if not count:
             return
         padded = window + window[-1:] * 2
-        shown, frames = (
-            np.stack([[each[part] for each in padded[2 * i : 2 * i + FRAMES]] for i in range(count)]) for part in (0, 1)
-        )
+        parts = [padded[2 * i : 2 * i + FRAMES] for i in range(count)]
+        frames = np.stack([[picture for _, picture in part] for part in parts])
+        shown = np.array([[since for since, _ in part] for part in parts])
         yield Chunks((first + np.arange(count)) * CHUNK_SECONDS, frames, shown)
         first, window = first + count, window[2 * count :]
 

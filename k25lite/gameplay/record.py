@@ -288,8 +288,15 @@ def _record_video(job: Job, advance: Callable[[int], Any]) -> Part:
     order = Random(job.seed).sample(job.maps, len(job.maps))
     first = job.index * math.ceil(job.frames / FPS / job.map_seconds)
     maps = itertools.islice(itertools.cycle(order), first % len(order), None)
-    how = {"width": job.width, "map_seconds": job.map_seconds, "encounters": job.encounters}
-    session = play(work, job.frames, maps=maps, seed=seed, **how)
+    session = play(
+        work,
+        job.frames,
+        maps=maps,
+        seed=seed,
+        width=job.width,
+        map_seconds=job.map_seconds,
+        encounters=job.encounters,
+    )
     try:
         with closing(session):
             steps = _encode(session, work / "video.mp4", job.width, advance)

@@ -132,12 +132,13 @@ class LocalViewer:
 
         def read(start: float, end: float) -> Iterator[np.ndarray]:
             nonlocal error
+            seen = start
             try:
                 for chunks in read_chunks(task["path"], model.size, start=start, end=end):
                     times.append(chunks.times)
                     thumbnails.append(shrink(chunks.frames))
+                    seen = float(chunks.times[-1]) + CHUNK_SECONDS
                     yield chunks.frames
-                seen = times[-1][-1] + CHUNK_SECONDS if times else 0.0
                 if seen < end - 2 * CHUNK_SECONDS:
                     error = f"{task['path']}: cut short, nothing can be decoded from {seen:.1f} s on"
             except MediaError as problem:

@@ -659,3 +659,14 @@ def test_an_answer_that_is_no_json_is_asked_for_again(footage, tmp_path):
     tried = attempts(tmp_path / "out")
     assert sorted(tried.values()).count("failed") == 1
     assert "fight" in kinds(tmp_path / "out", "b.mp4")
+
+
+def test_a_span_too_short_for_a_chunk_is_no_fault_of_the_file(tmp_path):
+    path = write_video(tmp_path / "a.mp4", [(20.0, 24.0, "death")], 40.0)
+    viewer = LocalViewer(colour_model, "short spans", tmp_path)
+    task = {"path": str(path), "video": path.name, "seconds": 40.0, "spans": [(6.5, 6.8), (18.0, 26.0)]}
+    answer = viewer._fine(task)
+    assert "error" not in answer
+    assert [event["kind"] for event in answer["events"]] == ["death"]
+    beyond = viewer._fine(task | {"spans": [(50.0, 60.0)]})
+    assert "nothing can be decoded from" in beyond["error"]
