@@ -30,6 +30,7 @@ STATUS_BAR = 168 / 200  # of the height of the picture: where it begins
 MESSAGES = 0.2  # of the height of the picture: where the third of the game's messages ends
 SMALL = (64, 64)  # height and width in pixels of a picture that is only glanced at
 THUMBNAIL = (16, 12)  # width and height in which pictures are compared
+THREADS = 1  # of scaling: to have several meet costs more than a small picture does
 ROUNDING = 2e-3  # seconds that a time stamp may be off: containers round them to milliseconds
 
 
@@ -203,7 +204,9 @@ class _Difference:
         self.before: np.ndarray | None = None
 
     def __call__(self, frame: av.VideoFrame) -> float:
-        small = self.reformatter.reformat(frame, *THUMBNAIL, format="gray", interpolation=Interpolation.AREA)
+        small = self.reformatter.reformat(
+            frame, *THUMBNAIL, format="gray", interpolation=Interpolation.AREA, threads=THREADS
+        )
         now, before = small.to_ndarray().astype(np.int16), self.before
         self.before = now
         return 0.0 if before is None else int(np.abs(now - before).sum()) / now.size
@@ -219,7 +222,7 @@ class Scaler:
         turns = frame.rotation // 90 % 4  # counter-clockwise, as phones ask for
         height, width = self.size[::-1] if turns % 2 else self.size
         scaled = self.reformatter.reformat(
-            frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC
+            frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BICUBIC, threads=THREADS
         )
         return np.rot90(scaled.to_ndarray(), turns)
 
