@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
+from scipy.special import expit
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -190,20 +191,16 @@ class Detector(PreTrainedModel):
 
     def probabilities(self, frames: np.ndarray, batch: int = 32) -> np.ndarray:
         """What is going on in chunks or pictures, [n, KINDS] float32, each judged on its own; frames as in `features`."""
-        return sigmoid(self.features(frames, batch)[:, -len(KINDS) :])
+        return expit(self.features(frames, batch)[:, -len(KINDS) :])
 
     @torch.inference_mode()
     def in_context(self, features: np.ndarray) -> np.ndarray:
         """What is going on in chunks that follow one another: their `features` [n, features] -> [n, KINDS] float32."""
         if not len(features):
             return np.zeros((0, len(KINDS)), np.float32)
-        return sigmoid(self.context(torch.from_numpy(features).to(self.device)[None])[0].cpu().numpy())
+        return expit(self.context(torch.from_numpy(features).to(self.device)[None])[0].cpu().numpy())
 
     def watch(self, chunks: Iterable[np.ndarray]) -> np.ndarray:
         """What is going on in a stretch of video: its chunks, some at a time -> [n, KINDS] float32, each in its context."""
         parts = [self.features(frames) for frames in chunks]
         return self.in_context(np.concatenate(parts)) if parts else np.zeros((0, len(KINDS)), np.float32)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return (1 / (1 + np.exp(-np.clip(x, -60, 60)))).astype(np.float32)

@@ -49,8 +49,6 @@ MONSTER_WEIGHT = 0.3  # of what patches show in the loss
 SMALLEST = 6.0  # pixels: a monster that is smaller cannot be told
 CONTEXT_CHUNKS, CONTEXT_BATCH, CONTEXT_RATE = 96, 16, 3e-3
 HIDDEN = 0.2  # share of examples without status bar; half of them without messages as well
-
-
 PLAY, ENCOUNTERS, CONTEXT, VALIDATION = range(4)  # what recordings are for
 
 
@@ -210,8 +208,8 @@ def train(
             items.append(shrink(frames) if small else frames)
             targets.append(video.targets[chunk])
             if video.monsters is not None and not small:
-                own = _mirrored(video.monsters[chunk, which], detector) if mirrored else video.monsters[chunk, which]
-                own = own.reshape(-1, len(MONSTERS))
+                own = video.monsters[chunk, which]
+                own = (_mirrored(own, detector) if mirrored else own).reshape(-1, len(MONSTERS))
                 shown.append((np.arange(patches, patches + len(own)), own))
             patches += items[-1][..., 0].size // detector.config.vision_config.patch_size**2
         with mixed_precision(detector.device):

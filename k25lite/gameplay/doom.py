@@ -27,7 +27,7 @@ import numpy as np
 
 from k25lite.gameplay.encounters import EVERY, Encounters
 from k25lite.gameplay.events import BOSS_AREA, BOSSES, MONSTER_AREA, Box, Step
-from k25lite.gameplay.player import BUTTONS, Player, Sight, Sprite
+from k25lite.gameplay.player import BUTTONS, EYE_LINE, Player, Sight, Sprite
 
 TICS_PER_SECOND = 35
 TICS_PER_FRAME = 4  # 8.75 frames per second: a quarter of the data, and the shortest event still has 8 frames
@@ -257,8 +257,7 @@ def play(
             if step.bosses:
                 tries = 0
             if step.alive:
-                # eye height is the middle of the view, which ends at the status bar: 168 of 200 lines
-                depth = state.depth_buffer[round(0.42 * state.depth_buffer.shape[0])]
+                depth = state.depth_buffer[round(EYE_LINE * state.depth_buffer.shape[0])]
                 buttons = player.act(Sight(sprites, depth, (x, y), health, ammunition))
                 if tries and boss_in <= 0:
                     game.send_game_command(f"summon {rng.choice(BOSSES)}")
@@ -270,9 +269,8 @@ def play(
 
 
 def _box(sprite: Sprite, width: int) -> Box:
-    left, top, right, bottom = sprite.corners
-    height = width * 3 // 4
-    return Box(sprite.name, left / width, top / height, right / width, bottom / height)
+    height, right, bottom = width * 3 // 4, sprite.left + sprite.width, sprite.top + sprite.height
+    return Box(sprite.name, sprite.left / width, sprite.top / height, right / width, bottom / height)
 
 
 def _arm(game: Any, rng: Random) -> None:

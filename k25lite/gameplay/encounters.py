@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from k25lite.gameplay.events import BOSSES
-from k25lite.gameplay.player import BUTTONS, ITEMS
+from k25lite.gameplay.player import BUTTONS, EYE_LINE, ITEMS
 
 EVERY = 14  # frames, 1.6 s: long enough for shots to be exchanged, too short for most fights to end
 MONSTERS = (
@@ -126,5 +126,5 @@ class Encounters:
                 return
             depth = self.game.get_state().depth_buffer
             height, width = depth.shape
-            depths[angle] = float(depth[round(0.42 * height), width * 7 // 16 : width * 9 // 16].mean())
+            depths[angle] = float(depth[round(EYE_LINE * height), width * 7 // 16 : width * 9 // 16].mean())
         self._go(x, y, max(depths, key=depths.__getitem__))

@@ -29,21 +29,31 @@ PATIENCE = 30  # steps spent on one item before it is given up as out of reach
 TURN = 6.0  # degrees per tic at most: a faster turn leaves nothing in common between neighbouring frames
 AIM = 4.0  # degrees off the target at which to shoot
 WALL = 3  # units of depth (0 to 63): an arm's length
+EYE_LINE = 0.42  # of the height of the picture: the middle of the view, which ends at the status bar, 168 of 200 lines
 PUSH = 6  # steps in front of a wall before turning away: a door opens in that time
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """A labelled thing in view; pixels but for `distance`, in map units."""
+    """A labelled thing in view: the box around its pixels that can be seen, and its `distance` in map units."""
 
     id: int
     name: str
     category: str
-    x: float  # of the centre
+    left: int
+    top: int
     width: int
-    area: int  # of the box around the pixels that can be seen
+    height: int
     distance: float
-    corners: tuple[int, int, int, int] = (0, 0, 0, 0)  # of that box: left, top, right, bottom
+
+    @property
+    def x(self) -> float:
+        """The column of its middle."""
+        return self.left + self.width / 2
+
+    @property
+    def area(self) -> int:
+        return self.width * self.height
 
     @property
     def is_monster(self) -> bool:
@@ -53,9 +63,8 @@ class Sprite:
     @classmethod
     def of_label(cls, label: Any, position: tuple[float, float]) -> Sprite:
         distance = hypot(label.object_position_x - position[0], label.object_position_y - position[1])
-        x, area = label.x + label.width / 2, label.width * label.height
-        corners = label.x, label.y, label.x + label.width, label.y + label.height
-        return cls(label.object_id, label.object_name, label.object_category, x, label.width, area, distance, corners)
+        box = label.x, label.y, label.width, label.height
+        return cls(label.object_id, label.object_name, label.object_category, *box, distance)
 
 
 @dataclass(frozen=True)

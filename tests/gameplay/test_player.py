@@ -12,7 +12,7 @@ OPEN = np.full(WIDTH, 40)
 
 
 def sprite(name="Zombieman", category="Monster", x=80.0, distance=200.0, id=1, width=10):
-    return Sprite(id, name, category, x, width, area=width * 20, distance=distance)
+    return Sprite(id, name, category, left=x - width / 2, top=40, width=width, height=20, distance=distance)
 
 
 def act(player, *sprites, depth=OPEN, position=(0.0, 0.0), health=100.0, ammunition=50.0):
