@@ -16,7 +16,7 @@ import json
 from k25lite.gameplay.detector_stage import RUNS, detector_stage
 from k25lite.swarm.subagent_training import SubagentRun, subagent_stage
 from k25lite.training.cache import stages_folder
-print(json.dumps([str(path) for path in (detector_stage(RUNS["lite"]), subagent_stage(SubagentRun()), stages_folder())]))
+print(json.dumps([str(path) for path in (detector_stage(RUNS["full"]), subagent_stage(SubagentRun()), stages_folder())]))
 """
 
 

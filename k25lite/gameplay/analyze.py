@@ -152,7 +152,7 @@ def _viewer(
     if model is None:
         from k25lite.gameplay.detector_stage import RUNS, detector_stage
 
-        model = detector_stage(RUNS["lite"], progress=progress)
+        model = detector_stage(RUNS["full"], progress=progress)
     folder = Path(model)
     if not (folder / "config.json").is_file():
         raise ValueError(f"no folder with a detector: {folder}")

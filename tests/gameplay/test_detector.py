@@ -330,16 +330,12 @@ def test_a_stage_on_given_footage_is_kept(stages):
     assert detector_stage(replace(run, seed=1), footage=[[SHIPPED]] * 4) != folder
 
 
-def test_the_shipped_detector_is_that_of_lite_and_knows_what_happens_in_shipped_footage(stages):
-    folder = detector_stage(RUNS["lite"])
+def test_the_shipped_detector_is_that_of_full_and_knows_what_happens_in_shipped_footage(stages):
+    folder = detector_stage(RUNS["full"])
     assert folder == stage.SHIPPED
     assert not stages.exists()
     told = json.loads((folder / "stage.json").read_text())["config"]
-    assert (
-        stage.DetectorRun(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
-        == RUNS["lite"]
-        == RUNS["full"]
-    )
+    assert stage.DetectorRun(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}) == RUNS["full"]
     detector = Detector.from_pretrained(folder).eval()
     true, found = [], []
     for video in read_recording(SHIPPED, detector.size):
