@@ -51,6 +51,22 @@ def test_the_day_is_told_as_it_was_scored():
     assert f"{told} (" in readme
 
 
+def test_the_data_card_tells_the_detectors_as_they_were_scored():
+    card = (ROOT / "data" / "README.md").read_text()
+    told = json.loads((ROOT / "results" / "08_detector_runs.json").read_text())
+    seconds = round(sum(told["seconds on two cores"]["lite"].values()))
+    trained = f"{seconds // 60}:{seconds % 60:02d}"
+    assert seconds < 240
+    assert f"Training took {trained} on two cores" in card
+    rows = re.findall(
+        r"^\| (.*minutes.*) \| ([\d.]+) \| ([\d.]+) \|$", card.split(f"| trained in {trained} |")[1], re.MULTILINE
+    )
+    scores = told["scores"]
+    assert [row[1:] for row in rows] == [
+        tuple(f"{scores[run][where]['macro_f1']:.2f}" for run in ("lite", "full")) for where in told["footage"]
+    ]
+
+
 def short(number):
     """As it is written in the table: two digits."""
     return f"{number:.0f}" if abs(number) >= 10 else f"{number:.1f}" if abs(number) >= 1 else f"{number:.2f}"
