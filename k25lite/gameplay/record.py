@@ -56,6 +56,7 @@ FPS = Fraction(TICS_PER_SECOND, TICS_PER_FRAME)
 # Without B-frames the files are 6 % larger, but with them x264's vectorised code does not write the same bytes each
 # time.
 CODEC = {"preset": "veryfast", "crf": "30", "bf": "0"}
+POLL_SECONDS = 0.5  # how often the bar moves while worker processes record
 KEYFRAME_EVERY = 18  # frames at most, about 2 s: a clip that begins there is cut without encoding anew
 BYTES_PER_SECOND = {160: 10_000, 320: 26_000, 640: 68_000}  # of footage, by width: measured, and rounded up
 
@@ -247,7 +248,7 @@ def _run(jobs: list[Job], workers: int, advance: Callable[[int], Any]) -> Iterat
         futures = {pool.submit(_record_in_worker, job, i): job for i, job in enumerate(jobs)}
         pending, shown = set(futures), 0
         while pending:
-            done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            done, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             total = sum(frames_done)
             advance(total - shown)
             shown = total

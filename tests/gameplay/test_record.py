@@ -242,6 +242,7 @@ class Bar:
 def test_number_of_workers_changes_nothing(recording, tmp_path, monkeypatch):
     Bar.updates = []
     monkeypatch.setattr(recorder, "tqdm", Bar)
+    monkeypatch.setattr(recorder, "POLL_SECONDS", 0.005)  # a quick machine is through with a video in half a second
     record(tmp_path, **ARGUMENTS | {"workers": 2})
     assert content(tmp_path) == content(recording)
     assert sum(Bar.updates) == 3 * 149
