@@ -129,6 +129,30 @@ def analyze(
     typer.echo(f"Report: {report}")
 
 
+@app.command(epilog='Example: `k25lite ask data/generated/day/gameplay_0000.mp4 "is there a boss ?" --at 75`')
+def ask(
+    video: Annotated[Path, typer.Argument(help="A video of the game.")],
+    question: Annotated[str, typer.Argument(help="In the words of its training.")] = "what happens here ?",
+    at: Annotated[float, typer.Option(help="Seconds at which the clip of 7 s begins.")] = 0.0,
+    model: Annotated[Path | None, typer.Option(help="A model's folder [default: the shipped one].")] = None,
+) -> None:
+    """Ask K25Lite about a few seconds of play. A question it cannot read ends with the list of those it can."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from k25lite.gameplay.questions import CLIP_SECONDS, answer, read_clip
+    from k25lite.gameplay.questions_stage import load_answerer
+    from k25lite.gameplay.story import clock
+
+    disable_progress_bar()
+    with one_line_errors():
+        speaker, processor, size = load_answerer(model)
+        start, clip = read_clip(video, at, size)
+        (said,) = answer(speaker, processor, [clip], [question])
+    if said.startswith("00:00:"):  # seconds of the clip
+        said = f"at {clock(start + int(said[6:]))}"
+    typer.echo(f"{clock(start)} to {clock(start + CLIP_SECONDS)}: {said}")
+
+
 @app.command(
     epilog='Example: `k25lite swarm "Which moons have ice?" --model kimi-k2.5 --base-url https://api.moonshot.ai/v1`'
 )

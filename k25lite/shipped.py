@@ -8,6 +8,6 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(name: str) -> Path:
-    """The folder data/`name`: "detector" or "subagent"."""
+    """The folder data/`name`: "answerer", "detector" or "subagent"."""
     installed = PACKAGE / "data"
     return (installed if installed.is_dir() else PACKAGE.parent / "data") / name

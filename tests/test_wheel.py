@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+MODELS = ("answerer", "detector", "subagent")
 STAGES = """
 import json
 from k25lite.gameplay.detector_stage import RUNS, detector_stage
+from k25lite.gameplay.questions_stage import QUESTIONS_RUNS, questions_stage
 from k25lite.swarm.subagent_training import SubagentRun, subagent_stage
 from k25lite.training.cache import stages_folder
-print(json.dumps([str(path) for path in (detector_stage(RUNS["full"]), subagent_stage(SubagentRun()), stages_folder())]))
+models = questions_stage(QUESTIONS_RUNS["full"]), detector_stage(RUNS["full"]), subagent_stage(SubagentRun())
+print(json.dumps([str(path) for path in (*models, stages_folder())]))
 """
 
 
@@ -47,7 +50,7 @@ def installed(tmp_path_factory):
 
 def test_a_wheel_holds_the_package_and_the_models_it_needs(installed):
     expected = files(ROOT / "k25lite") | {"data/README.md"}
-    expected |= {f"data/{name}/{file}" for name in ("detector", "subagent") for file in files(ROOT / "data" / name)}
+    expected |= {f"data/{name}/{file}" for name in MODELS for file in files(ROOT / "data" / name)}
     assert files(installed / "k25lite") == expected
 
 
@@ -58,5 +61,5 @@ def test_it_finds_its_models_and_keeps_stages_in_the_working_directory(installed
         command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(installed)}, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    models = [str(installed / "k25lite" / "data" / name) for name in ("detector", "subagent")]
+    models = [str(installed / "k25lite" / "data" / name) for name in MODELS]
     assert json.loads(ran.stdout) == [*models, str(tmp_path / "runs" / "stages")]

@@ -314,7 +314,7 @@ def detector_stage(run: DetectorRun, footage: Sequence[Sequence[Path]] | None = 
         torch.manual_seed(run.seed)
         detector = Detector(DetectorConfig()).to("cuda" if torch.cuda.is_available() else "cpu")
         with tempfile.TemporaryDirectory() as made:
-            recordings = footage or _record(Path(made), run, progress)
+            recordings = footage or [record_for(what, Path(made), run, progress) for what in range(len(run.videos))]
 
             def read(what: int) -> list[Labelled]:
                 patch = detector.config.vision_config.patch_size
@@ -341,25 +341,22 @@ def detector_stage(run: DetectorRun, footage: Sequence[Sequence[Path]] | None = 
     return cached("detector", config, build, threads=None)
 
 
-def _record(folder: Path, run: DetectorRun, progress: bool) -> list[list[Path]]:
-    """What PLAY, ENCOUNTERS, CONTEXT and VALIDATION are learnt from: of each a recording for each width."""
-    made: list[list[Path]] = []
-    for what, (videos, minutes) in enumerate(zip(run.videos, run.minutes, strict=True)):
-        counts = Counter(run.widths[video % len(run.widths)] for video in range(videos))
-        recordings = [
-            record(
-                folder / f"{what}-{width}",
-                videos=count,
-                minutes=minutes * count / videos,
-                maps=VALIDATION_MAPS if what == VALIDATION else TRAINING_MAPS,
-                seed=FIRST_SEED + 4 * run.seed + what + 1000 * place,  # other games for each width
-                width=width,
-                map_seconds=MAP_SECONDS[what],
-                boxes=what in (PLAY, ENCOUNTERS),
-                encounters=what == ENCOUNTERS,
-                progress=progress,
-            )
-            for place, (width, count) in enumerate(counts.items())
-        ]
-        made.append([recording.parent for recording in recordings])
-    return made
+def record_for(what: int, folder: Path, run: DetectorRun, progress: bool = False) -> list[Path]:
+    """What PLAY, ENCOUNTERS, CONTEXT or VALIDATION is learnt from: for each width a recording's folder, in `folder`."""
+    videos, minutes = run.videos[what], run.minutes[what]
+    counts = Counter(run.widths[video % len(run.widths)] for video in range(videos))
+    return [
+        record(
+            folder / f"{what}-{width}",
+            videos=count,
+            minutes=minutes * count / videos,
+            maps=VALIDATION_MAPS if what == VALIDATION else TRAINING_MAPS,
+            seed=FIRST_SEED + 4 * run.seed + what + 1000 * place,  # other games for each width
+            width=width,
+            map_seconds=MAP_SECONDS[what],
+            boxes=what in (PLAY, ENCOUNTERS),
+            encounters=what == ENCOUNTERS,
+            progress=progress,
+        ).parent
+        for place, (width, count) in enumerate(counts.items())
+    ]

@@ -368,7 +368,7 @@ def test_videos_are_dealt_out_among_the_widths(monkeypatch, tmp_path):
     seeds, told = set(), []
     monkeypatch.setattr(stage, "record", record)
     run = stage.DetectorRun(videos=(5, 1, 2, 1), minutes=(10.0, 2.0, 4.0, 3.0), widths=(160, 320))
-    recordings = stage._record(tmp_path, run, False)
+    recordings = [stage.record_for(what, tmp_path, run) for what in range(4)]
     assert made == [(3, 6, 160), (2, 4, 320), (1, 2, 160), (1, 2, 160), (1, 2, 320), (1, 3, 160)]
     assert told == [(False, True)] * 2 + [(True, True)] + [(False, False)] * 3
     assert len(seeds) == 6
