@@ -60,7 +60,6 @@ class QuestionsRun:
 
 QUESTIONS_RUNS = {
     "smoke": QuestionsRun(RUNS["smoke"], steps=3, clips=4, asked=2),
-    "lite": QuestionsRun(RUNS["lite"], steps=600),
     "full": QuestionsRun(),
 }
 
@@ -78,9 +77,13 @@ class Watched:
         """The indices of the chunks with which a clip can begin."""
         return range(1, len(self.chunks.times) - (CLIP_CHUNKS - 1) * STRIDE)
 
+    def start(self, index: int) -> float:
+        """Seconds at which the clip with this first chunk begins."""
+        return clip_start(round(self.chunks.times[index] / CHUNK_SECONDS))
+
     def clip(self, index: int) -> tuple[list[VideoChunk], list[Asked]]:
-        number = round(self.chunks.times[index] / CHUNK_SECONDS)
-        return clip_at(self.chunks, index), ask_about(self.events, clip_start(number))
+        """The clip with this first chunk, and all that can be asked about it."""
+        return clip_at(self.chunks, index), ask_about(self.events, self.start(index))
 
 
 def watch_video(folder: Path, video: str, size: tuple[int, int], end: float = float("inf")) -> Watched:
@@ -101,8 +104,14 @@ def document(clip: Sequence[VideoChunk], asked: Sequence[Asked], unit: int) -> D
 
 
 def documents(videos: Sequence[Watched], unit: int, random: Random) -> Iterator[Document]:
-    """Clips with TURNS questions each, without end: all clips in random order, over and over."""
+    """Clips with TURNS questions each, without end: all clips in random order, over and over.
+
+    Raises:
+        ValueError: no video is long enough for a clip.
+    """
     places = [(video, index) for video in videos for index in video.clips]
+    if not places:
+        raise ValueError(f"none of {len(videos)} videos is long enough for a clip")
     while True:
         random.shuffle(places)
         for video, index in places:
@@ -167,7 +176,7 @@ def examine(model: K25Lite, words: PreTrainedTokenizerFast, video: Watched, most
         questions = tokenise([document(clip, [each], unit_of(model)) for _, clip, each in alike], words)
         right = zip(exact_match(model, questions), exact_match(model, questions.without_sight()), strict=True)
         rows += [
-            (video.name, *each, clip_start(round(video.chunks.times[index] / CHUNK_SECONDS)), *scored)
+            (video.name, *each, video.start(index), *scored)
             for (index, _, each), scored in zip(alike, right, strict=True)
         ]
     return pd.DataFrame(rows, columns=["video", "kind", "question", "answer", "start", "seeing", "blind"])

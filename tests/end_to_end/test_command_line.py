@@ -20,7 +20,7 @@ def k25lite(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 GROUPS = ("", "bench", "widesearch")
-COMMANDS = ("reproduce", "record", "analyze", "swarm", "widesearch score")
+COMMANDS = ("reproduce", "record", "analyze", "ask", "swarm", "widesearch score")
 BENCHES = tuple(f"bench {room}" for room in ("vision", "training", "swarm", "video"))
 
 
@@ -57,6 +57,7 @@ def test_help_needs_no_torch():
         (["reproduce", "99"], "99"),
         (["record", "--out", "{tmp}/x", "--videos", "0"], "videos"),
         (["record", "--out", "{tmp}/x", "--minutes", "-1"], "minutes"),
+        (["ask", "{tmp}/none.mp4"], "none.mp4: no such file"),
         (["swarm", "--task", "{tmp}"], "Is a directory"),
         (["swarm", "--task", "/dev/null/x"], "Not a directory"),
         (["bench", "vision", "--json", "{tmp}"], "a folder"),

@@ -284,6 +284,8 @@ def test_clips_of_a_video_that_is_too_short_are_none():
     longer = Chunks(np.arange(8) * CHUNK_SECONDS, np.zeros((8, 4, 32, 48, 3), np.uint8), np.zeros((8, 4)))
     assert list(Watched("a", longer, []).clips) == [1]
     assert isinstance(Watched("a", longer, []).clip(1)[0][0], VideoChunk)
+    with pytest.raises(ValueError, match="none of 1 videos is long enough for a clip"):
+        next(stage.documents([Watched("a", chunks, [])], 16, Random(0)))
 
 
 def test_on_the_command_line():
