@@ -73,7 +73,9 @@ def record(
     workers: Annotated[int | None, typer.Option(help="Games at the same time [default: one per processor].")] = None,
     width: Annotated[int, typer.Option(help="Of the picture, in pixels.")] = 160,
     map_seconds: Annotated[float, typer.Option(help="Game time on a map before the next.")] = 120.0,
-    maps: Annotated[str | None, typer.Option(help="As in MAP01,MAP05-MAP08 [default: all 32].")] = None,
+    maps: Annotated[
+        str | None, typer.Option(help="As in MAP01,MAP05-MAP08,DEATHMATCH [default: all 32, and no scenario].")
+    ] = None,
 ) -> None:
     """Record real game footage with its ground truth. A second call resumes what was cut off."""
     from k25lite.gameplay.doom import parse_maps

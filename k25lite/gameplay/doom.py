@@ -1,4 +1,4 @@
-"""The game: a ViZDoom process with the levels of Freedoom: Phase 2, and a session of play read frame by frame.
+"""The game: a ViZDoom process with the levels of Freedoom: Phase 2, or one of ViZDoom's scenarios, read frame by frame.
 
 Multiplayer mode with one player (`-host 1`): in single-player mode death ends the episode at once, and no frame of it
 could be recorded. `Mode.PLAYER` is synchronous, the game waits for the player, so that equal seeds and actions give
@@ -17,7 +17,8 @@ import struct
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,6 +33,8 @@ from k25lite.gameplay.player import BUTTONS, EYE_LINE, Player, Sight, Sprite
 TICS_PER_SECOND = 35
 TICS_PER_FRAME = 4  # 8.75 frames per second: a quarter of the data, and the shortest event still has 8 frames
 MAPS = tuple(f"MAP{number:02d}" for number in range(1, 33))
+# Arenas that come with ViZDoom, by the names of their files: others have nothing to meet, or are for several players.
+SCENARIOS = ("DEADLY_CORRIDOR", "DEATHMATCH", "DEFEND_THE_CENTER", "DEFEND_THE_LINE", "HEALTH_GATHERING_SUPREME")
 WIDTHS = (160, 320, 640)  # of the picture in pixels, at 4:3
 COUNTERS = ("DAMAGECOUNT", "DAMAGE_TAKEN", "KILLCOUNT")  # of the player, on this map
 VARIABLES = (*COUNTERS, "HEALTH", "ARMOR", "SELECTED_WEAPON_AMMO", "POSITION_X", "POSITION_Y", "ANGLE")
@@ -85,6 +88,8 @@ def end_with_parent(parent: int) -> None:
 def running_game(work: Path, *, first_map: str, seed: int, width: int, encounters: bool = False) -> Iterator[Any]:
     """A running `vizdoom.DoomGame`, closed at the end; its files go to the directory `work`.
 
+    It can go on to others of MAPS; a scenario is a game of its own.
+
     With `encounters` it tells of all objects of a map, and writes no messages: these would name what is removed.
 
     On Linux the game never outlives this process. What a game killed in this way leaves behind: see
@@ -96,7 +101,9 @@ def running_game(work: Path, *, first_map: str, seed: int, width: int, encounter
     game = vizdoom.DoomGame()
     game.set_doom_game_path(str(package / "freedoom2.wad"))
     game.set_doom_config_path(str(work / "game.ini"))
-    game.set_doom_map(first_map)
+    if first_map in SCENARIOS:
+        game.set_doom_scenario_path(str(package / "scenarios" / f"{first_map.lower()}.wad"))
+    game.set_doom_map(MAPS[0] if first_map in SCENARIOS else first_map)
     game.set_seed(seed)
     game.set_mode(vizdoom.Mode.PLAYER)
     game.set_doom_skill(3)
@@ -145,14 +152,18 @@ def remove_leftovers(work: Path) -> None:
 
 
 def parse_maps(text: str) -> list[str]:
-    """The maps that `text` names one by one or by range: "MAP01,MAP05-MAP08" are five; ValueError if it is otherwise."""
+    """The places that `text` names one by one or by range: "MAP01,MAP05-MAP08,DEATHMATCH" are six; else ValueError."""
     maps: list[str] = []
     for part in text.upper().split(","):
         first, dash, last = (name.strip() for name in part.partition("-"))
+        if not dash and first in SCENARIOS:
+            maps.append(first)
+            continue
         if not dash:
             last = first
         if first not in MAPS or last not in MAPS[MAPS.index(first) :]:
-            raise ValueError(f"maps are {MAPS[0]} to {MAPS[-1]}, as in MAP01,MAP05-MAP08, not {text!r}")
+            places = f"{MAPS[0]} to {MAPS[-1]} and {', '.join(SCENARIOS)}"
+            raise ValueError(f"maps are {places}, as in MAP01,MAP05-MAP08, not {text!r}")
         maps += MAPS[MAPS.index(first) : MAPS.index(last) + 1]
     return maps
 
@@ -200,7 +211,9 @@ def play(
     player = Player(Random(rng.random()), width, TICS_PER_FRAME)
     name = next(maps)
     seed = rng.randrange(2**31)
-    with running_game(work, first_map=name, seed=seed, width=width, encounters=encounters) as game:
+    with ExitStack() as stack:
+        start = partial(running_game, work, width=width, encounters=encounters)
+        game = stack.enter_context(start(first_map=name, seed=seed))
         meetings = Encounters(game, rng) if encounters else None
         frames_left = dead_frames = tries = boss_in = kills = 0
         before: list[float] | None = None  # the counters at the frame before
@@ -208,12 +221,15 @@ def play(
         for number in range(frames):
             if frames_left == 0 or game.is_episode_finished():  # the latter: the player has found the exit
                 if number:
-                    name = next(maps)
-                    game.set_doom_map(name)
-                    game.new_episode()
+                    last, name = name, next(maps)
+                    if {last, name} <= set(MAPS):
+                        game.set_doom_map(name)
+                        game.new_episode()
+                    else:
+                        stack.close()
+                        game = stack.enter_context(start(first_map=name, seed=rng.randrange(2**31)))
                     player.start_map()
-                    if meetings:
-                        meetings.start_map()
+                    meetings = Encounters(game, rng) if encounters else None
                 stay = rng.uniform(0.5, 1.5) * map_seconds * TICS_PER_SECOND / TICS_PER_FRAME
                 frames_left, dead_frames = max(1, round(stay)), 0
                 tries, boss_in = BOSS_TRIES, round(rng.uniform(0.3, 0.7) * stay)

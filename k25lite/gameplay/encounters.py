@@ -46,15 +46,11 @@ IDLE = [0.0] * len(BUTTONS)
 
 
 class Encounters:
-    """One after another in a running game, whose objects must be enabled; equal seeds and games give equal ones."""
+    """One after another on a map of a running game, whose objects must be enabled; equal seeds and games, equal ones."""
 
     def __init__(self, game: Any, rng: Random):
         self.game, self.rng = game, rng
         self.summoned: list[str] = []
-
-    def start_map(self) -> None:
-        """Forget the map before."""
-        self.summoned = []
 
     def begin(self) -> None:
         """Remove the monsters of the encounter before and put the player into another. Takes some tics of the game."""

@@ -11,9 +11,9 @@
 A video gets its final name by a rename, then its part likewise, and counts as recorded only with its part. So a killed
 recording goes on with the first unfinished video and ends with the files of one that was never killed.
 
-Not covered: sound, more than one player, levels other than the 32 of Freedoom: Phase 2. The player seldom finds the
-exit of a level, so it is taken to the next one after a while, and a boss is summoned on each; all else comes of the
-play.
+Not covered: sound, more than one player, levels other than the 32 of Freedoom: Phase 2 and five of ViZDoom's scenarios,
+which are played if asked for. The player seldom finds the exit of a level, so it is taken to the next one after a
+while, and a boss is summoned on each; all else comes of the play.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 
 from k25lite.gameplay.doom import (
     MAPS,
+    SCENARIOS,
     TICS_PER_FRAME,
     TICS_PER_SECOND,
     WIDTHS,
@@ -99,11 +100,13 @@ def record(
     """Record `videos` videos of together `minutes` minutes into the directory `out`; return its manifest.json.
 
     `workers` processes record one video each at a time, by default one per processor. `width`: 160, 320 or 640 pixels
-    (4:3). `map_seconds`: mean stay on one map. `maps`: those to play, two or more of doom.MAPS, by default all.
-    `boxes`: write boxes.csv, where in each frame monsters are to be seen. `encounters`: monster upon monster, to learn
-    them from; see that module. `progress`: show a bar. Videos that `out` holds already are kept.
+    (4:3). `map_seconds`: mean stay on one map. `maps`: those to play, two or more of doom.MAPS and doom.SCENARIOS, by
+    default all of the former. `boxes`: write boxes.csv, where in each frame monsters are to be seen. `encounters`:
+    monster upon monster, to learn them from; see that module. `progress`: show a bar. Videos that `out` holds already
+    are kept.
 
-    Equal arguments, `workers` apart, give equal events, and on processors of one kind equal bytes.
+    Equal arguments, `workers` apart, give equal events, and on processors of one kind equal bytes, but for a frame in tens
+    of thousands in which the game has drawn a sprite otherwise.
 
     Raises ValueError for a bad argument, if the disk has too little room, if `out` holds a recording with other
     parameters, or if another process is recording there; ModuleNotFoundError without vizdoom; RuntimeError if the game
@@ -117,8 +120,9 @@ def record(
     if width not in WIDTHS:
         raise ValueError(f"width must be one of {', '.join(map(str, WIDTHS))}, not {width}")
     chosen = MAPS if maps is None else tuple(sorted(set(map(str, maps))))
-    if len(chosen) < 2 or not set(chosen) <= set(MAPS):
-        raise ValueError(f"maps must be two or more of {MAPS[0]} to {MAPS[-1]}, not {', '.join(chosen) or 'none'}")
+    if len(chosen) < 2 or not set(chosen) <= {*MAPS, *SCENARIOS}:
+        places = f"{MAPS[0]} to {MAPS[-1]}, {', '.join(SCENARIOS)}"
+        raise ValueError(f"maps must be two or more of {places}, not {', '.join(chosen) or 'none'}")
     frames = round(minutes * 60 * FPS / videos)
     if frames < 1:
         raise ValueError(f"minutes must leave each of {videos} videos one frame, which {minutes} does not")

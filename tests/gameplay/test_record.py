@@ -448,8 +448,25 @@ def test_maps_are_named_one_by_one_or_by_range(text, maps):
     assert doom.parse_maps(text) == [f"MAP{number}" for number in maps.split()]
 
 
+def test_scenarios_are_named_among_maps():
+    assert doom.parse_maps("map03, Deathmatch,MAP05-MAP06") == ["MAP03", "DEATHMATCH", "MAP05", "MAP06"]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "MAP33", "MAP1", "E1M1", "MAP05-MAP03", "MAP01-", "-MAP05", "MAP01,,MAP02", "1-5"]
+    "text",
+    [
+        "",
+        "MAP33",
+        "MAP1",
+        "E1M1",
+        "MAP05-MAP03",
+        "MAP01-",
+        "-MAP05",
+        "MAP01,,MAP02",
+        "1-5",
+        "DEATHMATCH-MAP05",
+        "BASIC",
+    ],
 )
 def test_names_of_maps_that_do_not_exist_are_refused(text, tmp_path):
     with pytest.raises(ValueError, match="as in MAP01,MAP05-MAP08, not"):
@@ -538,3 +555,31 @@ def test_orphaned_worker_ends():
     process.start()
     process.join(30)
     assert process.exitcode == 1
+
+
+@needs_game
+def test_scenarios_are_recorded_among_maps(tmp_path):
+    chosen = ["MAP07", *doom.SCENARIOS]
+    options = {"videos": 1, "minutes": 1.5, "seed": 3, "maps": chosen, "map_seconds": 12.0, "progress": False}
+    record(tmp_path / "one", **options)
+    check_files(tmp_path / "one")
+    (entry,) = entries(tmp_path / "one")
+    assert len(set(entry["maps"])) >= 5
+    changes = [event for event in events(tmp_path / "one") if event["kind"] == "level"]
+    assert [event["detail"] for event in changes] == entry["maps"][1:]
+    assert any(event["kind"] == "fight" for event in events(tmp_path / "one"))
+    record(tmp_path / "other", **options)
+    assert content(tmp_path / "one") == content(tmp_path / "other")
+    assert not (tmp_path / "one" / "parts").exists()
+
+
+@needs_game
+@pytest.mark.parametrize("scenario", doom.SCENARIOS)
+def test_a_scenario_is_another_place_than_any_map(scenario, tmp_path):
+    pictures = []
+    for name in ("MAP01", scenario):
+        work = tmp_path / name
+        work.mkdir()
+        with doom.running_game(work, first_map=name, seed=1, width=160) as game:
+            pictures.append(game.get_state().screen_buffer.copy())
+    assert np.abs(pictures[0].astype(float) - pictures[1]).mean() > 5
