@@ -68,3 +68,14 @@ def browser_page() -> Iterator[BrowserPage]:
         context = browser.new_context(offline=True)
         yield BrowserPage(context.new_page())
         browser.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one: fastest for small models, and results do not depend on how many cores the machine has."""
+    import torch  # not before OMP_NUM_THREADS is set, above
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -28,6 +28,10 @@ LEAST = 0.5  # seconds of a fight, of a boss in sight or of a death within the c
 MOMENTS = ("pickup", "level")  # the other kinds, which happen where they begin
 NAMES = {"level": "new level"}  # how kinds are called in words, where not by their name
 WHAT, IS_THERE, WHICH, WHEN = "what happens", "is there", "which boss", "when"  # kinds of questions
+IS_THERE_A = {kind: f"is there a {NAMES.get(kind, kind)} ?" for kind in KINDS}
+WHEN_IS = {kind: f"when is the {NAMES.get(kind, kind)} ?" for kind in MOMENTS}
+WHAT_HAPPENS, WHICH_BOSS = "what happens here ?", "which boss is it ?"
+QUESTIONS = (WHAT_HAPPENS, *IS_THERE_A.values(), *WHEN_IS.values(), WHICH_BOSS)
 LONGEST_ANSWER = 12  # tokens; all five kinds are ten, and the end
 
 
@@ -47,15 +51,14 @@ def ask_about(events: Sequence[Event], start: float) -> list[Asked]:
     """
     inside = {kind: [event for event in events if _shows(event, kind, start)] for kind in KINDS}
     happens = [NAMES.get(kind, kind) for kind in KINDS if inside[kind]]
-    asked = [Asked(WHAT, "what happens here ?", " and ".join(happens) or "nothing")]
+    asked = [Asked(WHAT, WHAT_HAPPENS, " and ".join(happens) or "nothing")]
     for kind in KINDS:
-        name = NAMES.get(kind, kind)
-        asked.append(Asked(IS_THERE, f"is there a {name} ?", "yes" if inside[kind] else "no"))
+        asked.append(Asked(IS_THERE, IS_THERE_A[kind], "yes" if inside[kind] else "no"))
         if kind in MOMENTS and len(inside[kind]) == 1:
             chunk = int((inside[kind][0].start - start) / (FRAMES * FRAME_STEP))
-            asked.append(Asked(WHEN, f"when is the {name} ?", _second(chunk)))
+            asked.append(Asked(WHEN, WHEN_IS[kind], _second(chunk)))
     if len(bosses := {event.detail for event in inside["boss"]}) == 1 and (boss := bosses.pop()) in BOSSES:
-        asked.append(Asked(WHICH, "which boss is it ?", in_words(boss)))
+        asked.append(Asked(WHICH, WHICH_BOSS, in_words(boss)))
     return asked
 
 
@@ -141,12 +144,6 @@ def _second(chunk: int) -> str:
     return f"00:00:{int(chunk * FRAMES * FRAME_STEP):02d}"
 
 
-QUESTIONS = (
-    "what happens here ?",
-    *(f"is there a {NAMES.get(kind, kind)} ?" for kind in KINDS),
-    *(f"when is the {NAMES.get(kind, kind)} ?" for kind in MOMENTS),
-    "which boss is it ?",
-)
 # What the tokenizer knows beside what media and times need: of questions and answers all words, and the end of an answer.
 WORDS = sorted(
     {word for text in (*QUESTIONS, *map(in_words, BOSSES), "yes no nothing and") for word in text.split()} | {"."}

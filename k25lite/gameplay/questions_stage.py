@@ -136,8 +136,14 @@ def answerer(detector: Detector) -> tuple[K25Lite, K25LiteProcessor]:
 
 
 def load_answerer(folder: Path | None = None) -> tuple[K25Lite, K25LiteProcessor, tuple[int, int]]:
-    """A trained model, its processor, and (height, width) of the frames it is to be shown; by default the shipped one."""
+    """A trained model, its processor, and (height, width) of the frames it is to be shown; by default the shipped one.
+
+    Raises:
+        ValueError: there is no model in `folder`, or another one.
+    """
     folder = folder or SHIPPED_ANSWERER
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no folder with a model: {folder}")
     model, processor = K25Lite.from_pretrained(folder).eval(), K25LiteProcessor.from_pretrained(folder)
     grid = model.config.vision_config
     return model, processor, (grid.pos_emb_height * grid.patch_size, grid.pos_emb_width * grid.patch_size)

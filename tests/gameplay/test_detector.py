@@ -34,12 +34,7 @@ def tiny(seed=0):
     return Detector(DetectorConfig(vision_config=vision, height=32, width=48)).eval()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noise(*shape, seed=0):

@@ -41,12 +41,7 @@ FOOTAGE = Path(__file__).parents[2] / "data" / "gameplay"
 VIDEO = FOOTAGE / "gameplay_0000.mp4"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +294,7 @@ def test_on_the_command_line():
         ([str(VIDEO), "is there a cat ?"], "what it can be asked: ('what happens here ?'"),
         ([str(VIDEO), "--at", "9999"], "ends before a clip"),
         (["none.mp4"], "none.mp4"),
+        ([str(VIDEO), "--model", "nowhere"], "no folder with a model: nowhere"),
     ):
         result = runner.invoke(app, ["ask", *arguments])
         assert result.exit_code == 2

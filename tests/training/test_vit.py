@@ -36,13 +36,7 @@ TINY = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "in
 PAD, START = TOKEN["<pad>"], TOKEN["<start>"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So small a model is fastest on one, and results do not depend on how many the machine has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reader(seed: int = 0, **changes) -> VisionReader:
